@@ -1,3 +1,39 @@
-"""Train one sparse autoencoder per group of similar layers of a language model."""
+"""Train one sparse autoencoder per group of similar layers of a language model.
+
+The public names are loaded when they are first used: importing the package loads neither torch nor
+transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from groupsae.config import Config as Config
+    from groupsae.errors import InputError as InputError
+    from groupsae.grouping import Distances as Distances
+    from groupsae.grouping import Partition as Partition
+    from groupsae.host import HostModel as HostModel
+    from groupsae.run import Run as Run
+    from groupsae.sae import SAE as SAE
+
+_HOMES = {
+    "Config": "groupsae.config",
+    "Distances": "groupsae.grouping",
+    "HostModel": "groupsae.host",
+    "InputError": "groupsae.errors",
+    "Partition": "groupsae.grouping",
+    "Run": "groupsae.run",
+    "SAE": "groupsae.sae",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

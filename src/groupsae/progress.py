@@ -16,6 +16,7 @@ class Progress:
     def __init__(self, description: str, total: int, unit: str) -> None:
         self.description, self.total, self.unit = description, total, unit
         self.done = 0
+        self._skipped = 0
         self._note = ""
         self._start = time.monotonic()
 
@@ -24,6 +25,16 @@ class Progress:
         self.done += units
         self._note = note or self._note
         self._show()
+
+    def skip(self, units: int) -> None:
+        """Count `units` as done before the start, outside the rate."""
+        self.done += units
+        self._skipped += units
+        self._show()
+
+    def rate(self) -> float:
+        """Units per second since the start."""
+        return (self.done - self._skipped) / max(time.monotonic() - self._start, 1e-9)
 
     def _show(self) -> None:
         raise NotImplementedError
@@ -43,7 +54,7 @@ class _Lines(Progress):
         now = time.monotonic()
         if now - self._last >= _SECONDS_BETWEEN_LINES:
             self._last = now
-            rate = self.done / (now - self._start)
+            rate = self.rate()
             left = (self.total - self.done) / rate if rate else float("inf")
             _line(
                 f"{self.description}: {self.done:,} of {self.total:,} {self.unit}, "
@@ -52,10 +63,9 @@ class _Lines(Progress):
 
     def _close(self) -> None:
         seconds = time.monotonic() - self._start
-        rate = self.done / max(seconds, 1e-9)
         _line(
-            f"{self.description}: {self.done:,} {self.unit} in {seconds:.1f} s "
-            f"({rate:,.0f} {self.unit}/s){_separated(self._note)}"
+            f"{self.description}: {self.done - self._skipped:,} {self.unit} in {seconds:.1f} s "
+            f"({self.rate():,.0f} {self.unit}/s){_separated(self._note)}"
         )
 
 
@@ -80,9 +90,11 @@ class _Bar(Progress):
         self._bar.start()
 
     def _show(self) -> None:
-        rate = self.done / max(time.monotonic() - self._start, 1e-9)
         self._bar.update(
-            self._task, completed=self.done, rate=f"{rate:,.0f} {self.unit}/s", note=self._note
+            self._task,
+            completed=self.done,
+            rate=f"{self.rate():,.0f} {self.unit}/s",
+            note=self._note,
         )
 
     def _close(self) -> None:

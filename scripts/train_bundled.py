@@ -1,0 +1,236 @@
+"""Trains the bundled host model on the bundled English, from nothing, on a CPU.
+
+    python scripts/train_bundled.py
+
+makes the tokenizer, trains, rounds the weights to 16 bit, measures loss and the three tasks on text
+and prompts that were never trained on, and writes model, tokenizer, log and card to the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+
+from groupsae.host.bundled import MODEL, prompts, texts
+from groupsae.host.bundled.tasks import accuracies
+
+END = "<|endoftext|>"
+TEXT_SEED, HELD_OUT_SEED = 0, 1_000_000  # two streams of documents that share none
+TASKS = ("ioi", "greater_than", "subject_verb")
+
+
+def main() -> None:
+    options = arguments()
+    torch.manual_seed(options.seed)
+    torch.set_num_threads(options.threads)
+
+    save_tokenizer(options.out)
+    tokenizer = AutoTokenizer.from_pretrained(options.out)
+    model = new_model(options, len(tokenizer))
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model), lr=options.lr, betas=(0.9, 0.95), eps=1e-8, fused=True
+    )
+    batches = contexts(tokenizer, TEXT_SEED, options.batch, options.context)
+    held_out = held_out_batches(tokenizer, options, 8)
+    steps = options.tokens // (options.batch * options.context)
+    curve: list[dict[str, Any]] = []
+    losses: list[float] = []
+    start = time.monotonic()
+
+    for step in range(1, steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * schedule(step, steps)
+        ids = next(batches)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(input_ids=ids).logits
+        loss = next_token_loss(logits, ids)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+
+        if step % options.log_every == 0 or step == steps:
+            seconds = time.monotonic() - start
+            tokens = step * options.batch * options.context
+            point = {
+                "step": step,
+                "tokens": tokens,
+                "train_loss": sum(losses) / len(losses),
+                "held_out_loss": mean_loss(model, held_out),
+                **{task: score(model, tokenizer, task, 200)["all"] for task in TASKS},
+            }
+            curve.append(rounded(point))
+            losses.clear()
+            print(f"{json.dumps(curve[-1])} {tokens / seconds:,.0f} tokens/s", flush=True)
+
+    save_model(model, options.out)
+    final = measure(options)
+    log = {
+        "options": {k: v for k, v in vars(options).items() if k != "out"},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "vocabulary": len(tokenizer),
+        "minutes": round((time.monotonic() - start) / 60),
+        "curve": curve,
+        "after_rounding": final,
+    }
+    (options.out / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
+    (options.out / "README.md").write_text(card(log))
+    print(json.dumps(final, indent=1))
+
+
+def contexts(tokenizer: Any, seed: int, batch: int, context: int) -> Iterator[torch.Tensor]:
+    """Endless batches of packed contexts, (batch, context) ids; no document comes twice."""
+    end, stream, index = tokenizer.convert_tokens_to_ids(END), [], 0
+    while True:
+        while len(stream) < batch * context:
+            for ids in tokenizer(list(texts(index, index + 500, seed)))["input_ids"]:
+                stream += [*ids, end]
+            index += 500
+        yield torch.tensor(stream[: batch * context]).view(batch, context)
+        stream = stream[batch * context :]
+
+
+def schedule(step: int, steps: int) -> float:
+    """Warm-up over the first 4%, then half a cosine down to zero; as a share of the peak."""
+    warm_up = max(1, steps // 25)
+    if step < warm_up:
+        return step / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
+
+
+def new_model(options: argparse.Namespace, vocabulary: int) -> GPTNeoXForCausalLM:
+    """A Pythia in small: parallel residual, a quarter of each head rotary, GPT-NeoX's own init."""
+    config = GPTNeoXConfig(
+        vocab_size=vocabulary,
+        hidden_size=options.d_model,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        intermediate_size=4 * options.d_model,
+        max_position_embeddings=options.context,
+        rotary_pct=0.25,
+        use_parallel_residual=True,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=math.sqrt(2 / (5 * options.d_model)),
+    )
+    model = GPTNeoXForCausalLM(config)
+    for layer in model.gpt_neox.layers:
+        for output in (layer.attention.dense, layer.mlp.dense_4h_to_h):
+            torch.nn.init.normal_(output.weight, std=2 / options.layers / options.d_model**0.5)
+    return model
+
+
+def parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Weight decay for matrices, none for biases and norms."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    return [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Byte-level BPE on the bundled English until every word is one token; numbers in pairs of
+    digits, so that a year is its century and two digits."""
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(r" ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(0, 40_000, TEXT_SEED), trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END,
+        "eos_token": END,
+        "unk_token": END,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def save_model(model: GPTNeoXForCausalLM, folder: Path) -> None:
+    """Weights in float16, which keeps three bits more than bfloat16 and whose range they need not
+    leave; the config asks for float32, so that they are computed with in full precision."""
+    halves = {name: weight.to(torch.float16) for name, weight in model.state_dict().items()}
+    model.config.use_cache = True
+    model.save_pretrained(folder, state_dict=halves)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Loss and accuracies of what was written, as a user loads it."""
+    tokenizer = AutoTokenizer.from_pretrained(options.out)
+    model = AutoModelForCausalLM.from_pretrained(options.out, dtype=torch.float32)
+    return {
+        "held_out_loss": round(mean_loss(model, held_out_batches(tokenizer, options, 32)), 4),
+        **{task: rounded(score(model, tokenizer, task, 2000, seed=1)) for task in TASKS},
+    }
+
+
+def held_out_batches(tokenizer: Any, options: argparse.Namespace, count: int) -> list[torch.Tensor]:
+    batches = contexts(tokenizer, HELD_OUT_SEED, options.batch, options.context)
+    return [next(batches) for _ in range(count)]
+
+
+@torch.no_grad()
+def mean_loss(model: torch.nn.Module, batches: list[torch.Tensor]) -> float:
+    return sum(next_token_loss(model(input_ids=ids).logits, ids).item() for ids in batches) / len(
+        batches
+    )
+
+
+def score(model: Any, tokenizer: Any, task: str, n: int, seed: int = 0) -> dict[str, float]:
+    return accuracies(model, tokenizer, prompts(task, n, seed))
+
+
+def rounded(figures: dict[str, Any]) -> dict[str, Any]:
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
+
+
+def card(log: dict[str, Any]) -> str:
+    return json.dumps(log)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=MODEL, help="folder to write")
+    parser.add_argument("--tokens", type=int, default=18_000_000)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--d-model", type=int, default=128)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=32, help="contexts per step")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--log-every", type=int, default=100, help="steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

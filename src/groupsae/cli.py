@@ -1,0 +1,296 @@
+"""The command line: one command per stage, each a thin call into :mod:`groupsae.run`."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from groupsae import __version__
+from groupsae.config import Config, keys
+from groupsae.errors import InputError
+from groupsae.run import Run, stored_config
+
+if TYPE_CHECKING:
+    from groupsae.grouping import PartitionTable
+
+app = typer.Typer(
+    help="Train one sparse autoencoder per group of similar layers of a language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+out = Console()
+
+_KEYS = "[bold]Keys[/bold] (KEY=VALUE; every key has a default)\n\n" + "\n\n".join(
+    f"[cyan]{path}[/cyan] ({kind}, default {default}): {meaning}".replace("[[", r"\[[")
+    for path, kind, default, meaning in keys()
+)
+
+Inputs = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG.yaml|RUN] [KEY=VALUE]...",
+        help="A config file, or the directory of a run that was begun; then keys to set.",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", help="Directory of the run; by default runs/<host>."),
+]
+Redo = Annotated[
+    bool,
+    typer.Option("--redo", help="Repeat stages that the directory holds of another config."),
+]
+
+
+@app.command("run", epilog=_KEYS)
+def run_all(inputs: Inputs = None, out_directory: Out = None, redo: Redo = False) -> None:
+    """Do everything: measure, group, train, evaluate, report."""
+    run = _open(inputs, out_directory, redo)
+    run.distances()
+    _show_groups(run.groups())
+    run.train()
+    _show_evaluation(run.evaluate())
+    out.print(f"Report: {run.report()}", soft_wrap=True, markup=False)
+
+
+@app.command(epilog=_KEYS)
+def distances(inputs: Inputs = None, out_directory: Out = None, redo: Redo = False) -> None:
+    """Measure the mean angular distance between all pairs of layers."""
+    run = _open(inputs, out_directory, redo)
+    result = run.distances()
+    table = Table(title=f"Mean angular distance, {result.tokens:,} tokens")
+    table.add_column("layer", justify="right")
+    for layer in result.layers:
+        table.add_column(str(layer), justify="right")
+    for layer, row in zip(result.layers, result.matrix, strict=True):
+        table.add_row(str(layer), *(f"{value:.3f}" for value in row))
+    out.print(table)
+
+
+@app.command(epilog=_KEYS)
+def groups(
+    inputs: Inputs = None,
+    out_directory: Out = None,
+    redo: Redo = False,
+    distances_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--distances",
+            help="Group this matrix (.json, .npy or .csv; lower-triangular is fine) instead of a "
+            "run's own. Needs no model.",
+        ),
+    ] = None,
+) -> None:
+    """Put contiguous similar layers into groups."""
+    if distances_file is not None:
+        config, directory = _config(inputs)
+        _show_groups(_group_file(config, distances_file, out_directory or directory))
+    else:
+        _show_groups(_open(inputs, out_directory, redo).groups())
+
+
+@app.command(epilog=_KEYS)
+def train(inputs: Inputs = None, out_directory: Out = None, redo: Redo = False) -> None:
+    """Train one SAE per group, and one per layer to compare with, from one shared forward."""
+    run = _open(inputs, out_directory, redo)
+    run.train()
+    out.print(f"SAEs: {run.directory / 'saes'}", soft_wrap=True, markup=False)
+
+
+@app.command(epilog=_KEYS)
+def evaluate(inputs: Inputs = None, out_directory: Out = None, redo: Redo = False) -> None:
+    """Judge every SAE at every layer on held-out text."""
+    _show_evaluation(_open(inputs, out_directory, redo).evaluate())
+
+
+@app.command(epilog=_KEYS)
+def report(inputs: Inputs = None, out_directory: Out = None, redo: Redo = False) -> None:
+    """Write report.html and the figures."""
+    path = _open(inputs, out_directory, redo).report()
+    out.print(f"Report: {path}", soft_wrap=True, markup=False)
+
+
+@app.command(epilog=_KEYS)
+def plan(inputs: Inputs = None) -> None:
+    """Check a config and print what it would cost for every G; loads no weights if it can."""
+    config, _ = _config(inputs)
+    _show_plan(config)
+
+
+def main() -> None:
+    """Run the command line; errors are one message and an exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("httpx", "datasets", "transformers", "matplotlib", "fontTools", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        code = app(standalone_mode=False)
+    except InputError as error:
+        _fail(str(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; what is finished is kept, the same command continues", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        _fail(
+            f"{error.filename or 'a file'} cannot be written: {os.strerror(error.errno)}; mend that "
+            "and give the same command again: what is finished is kept",
+            2,
+        )
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("click", "typer"):
+            raise
+        error.show()  # type: ignore[attr-defined]
+        sys.exit(2)
+    sys.exit(code or 0)
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stderr.write(f"groupsae: {message}\n")
+    sys.exit(code)
+
+
+def _config(inputs: list[str] | None) -> tuple[Config, Path | None]:
+    """The config that the arguments mean, and the run directory if they name one."""
+    inputs = list(inputs or [])
+    target = Path(inputs.pop(0)) if inputs and "=" not in inputs[0] else None
+    extra = [text for text in inputs if "=" not in text]
+    if extra:
+        raise InputError(f"{extra[0]!r} is no KEY=VALUE; only the first argument may be a file")
+    if target is None or target.is_file() or target.suffix in (".yaml", ".yml"):
+        return Config.load(target, inputs), None
+    if stored_config(target) is None:
+        raise InputError(
+            f"{target} is neither a config file nor the directory of a run; to begin a run there, "
+            f"give --out {target}"
+        )
+    return Config.load(target / "config.yaml", inputs), target
+
+
+def _open(inputs: list[str] | None, out_directory: Path | None, redo: bool) -> Run:
+    config, directory = _config(inputs)
+    if directory is not None and out_directory is not None:
+        raise InputError(f"give either the run directory {directory} or --out, not both")
+    host = re.sub(r"[^\w.-]+", "-", Path(config.host.name).name).strip("-.") or "host"
+    return Run(directory or out_directory or Path("runs") / host, config, redo=redo)
+
+
+def _group_file(config: Config, path: Path, directory: Path | None) -> PartitionTable:
+    from groupsae.grouping import group_layers, load_distances
+
+    matrix = load_distances(path)
+    table = group_layers(
+        matrix,
+        layers=matrix.layers,
+        method=config.grouping.method,
+        threshold=config.grouping.threshold,
+        groups=config.grouping.groups,
+        partition=config.grouping.partition,
+    )
+    if directory is not None:
+        Run(directory, config).adopt(matrix, table)
+    return table
+
+
+def _show_groups(result: PartitionTable) -> None:
+    table = Table(title=f"Groups by {result.method}, chosen: G = {result.chosen}")
+    for column in ("G", "groups", "AMAD", "largest diameter", "FLOPs/token"):
+        table.add_column(column, justify="left" if column == "groups" else "right")
+    for G, entry in sorted(result.by_groups.items()):
+        table.add_row(
+            str(G),
+            "  ".join(_span(group) for group in entry.partition.groups),
+            _number(entry.amad),
+            _number(entry.largest_diameter),
+            "–" if entry.flops_per_token is None else f"{entry.flops_per_token:.3g}",
+            style="bold green" if G == result.chosen else "",
+        )
+    out.print(table)
+
+
+def _show_evaluation(rows: list[dict[str, object]]) -> None:
+    by_layer: dict[int, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        by_layer.setdefault(row["layer"], {})[str(row["partition"])] = row  # type: ignore[call-overload, assignment]
+    table = Table(title="Held-out text: groups | baseline, at equal tokens per SAE")
+    columns = {"CELS": "ce_loss_score", "R²": "r2", "L2": "l2", "L0": "l0", "dead": "dead"}
+    table.add_column("layer", justify="right")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for layer, found in sorted(by_layer.items()):
+        cells = (
+            " | ".join(_number(found[which][key]) for which in ("groups", "baseline") if which in found)
+            for key in columns.values()
+        )
+        table.add_row(str(layer), *cells)
+    out.print(table)
+
+
+def _show_plan(config: Config) -> None:
+    from groupsae.grouping import CostModel
+
+    n_layers, d_model = config.host.n_layers, config.host.d_model
+    if n_layers is None or d_model is None:
+        from groupsae.host import HostModel
+
+        host = HostModel.load(config.host.name, revision=config.host.revision)
+        n_layers, d_model = host.n_layers, host.d_model
+    d_sae = config.sae.width(d_model)
+    cost = CostModel(
+        d_model=d_model,
+        n_layers=n_layers,
+        context_length=config.tokens.context_length,
+        d_sae=d_sae,
+    )
+    asked = config.grouping.layers
+    layers = {"all_but_last": n_layers - 1, "all": n_layers}.get(str(asked)) or len(asked)
+    tokens = config.training.tokens
+    out.print(
+        f"{config.host.name}: {n_layers} layers, d_model = {d_model}, d_sae = {d_sae}, "
+        f"{tokens:,} tokens, {config.training.steps:,} steps of {config.training.batch_tokens:,}; "
+        f"host forward A = {cost.forward * tokens / 1e15:,.2f} PFLOP, "
+        f"one SAE T = {cost.sae * tokens / 1e15:,.2f} PFLOP",
+        soft_wrap=True,
+        markup=False,
+    )
+    table = Table(title=f"Predicted cost, C(G) = A + T G; baseline: G = {layers}")
+    for column in ("G", "PFLOP", "saved against the baseline"):
+        table.add_column(column, justify="right")
+    for G in range(1, layers + 1):
+        pflop = cost.flops_per_token(G) * tokens / 1e15
+        table.add_row(str(G), f"{pflop:,.2f}", f"{cost.savings(G, layers):.0%}")
+    out.print(table)
+
+
+def _span(group: tuple[int, ...]) -> str:
+    return str(group[0]) if len(group) == 1 else f"{group[0]}-{group[-1]}"
+
+
+def _number(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else "–" if value is None else str(value)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(f"groupsae {__version__}", markup=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Measure, group, train, prove."""

@@ -1,0 +1,371 @@
+"""What a run is: one frozen, validated section per stage."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from groupsae.errors import InputError
+
+_MULTIPLES = {"k": 10**3, "m": 10**6, "b": 10**9}
+
+
+def _count(value: object) -> object:
+    """Read 2e6, "2M" and "1_000" as whole numbers; leave the rest to the type's own check."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9_.]+(?:e[+-]?\d+)?)\s*([kmb]?)\s*", value.lower())
+        if match:
+            number = float(match[1].replace("_", "")) * _MULTIPLES.get(match[2], 1)
+            return int(number) if number.is_integer() else value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_count), Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+
+class HostConfig(_Section):
+    """The language model under study."""
+
+    name: str = Field(
+        "bundled",
+        description="'bundled' (the small model that comes with groupsae), a local folder, or a "
+        "name on the Hugging Face hub",
+    )
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = Field(
+        "auto", description="the forward's precision; auto: the checkpoint's on a GPU, else float32"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 or mps")
+    n_layers: Count | None = Field(
+        None, description="number of blocks, to plan without loading; checked when it is loaded"
+    )
+    d_model: Count | None = Field(
+        None, description="width, to plan without loading; checked when it is loaded"
+    )
+
+
+class TokensConfig(_Section):
+    """The text that the activations come from."""
+
+    source: str = Field(
+        "bundled",
+        description="'bundled' (generated English), a .txt, .jsonl or .parquet file, a folder of "
+        "them or of a saved data set, or a data set on the hub (streamed)",
+    )
+    split: str = Field("train", description="split of a data set")
+    column: str | None = Field(
+        None, description="column of text or token ids; by default text, tokens or input_ids"
+    )
+    revision: str | None = Field(None, description="revision of a data set on the hub")
+    context_length: Count = Field(128, description="tokens in one packed context")
+    prepend_bos: bool | None = Field(
+        None, description="begin each context with BOS; by default where the tokenizer does"
+    )
+    exclude_special: bool = Field(
+        True, description="keep special tokens (BOS, EOS) out of distances, training and metrics"
+    )
+    max_norm_multiple: float | None = Field(
+        None,
+        gt=1,
+        description="drop tokens whose residual stream is longer than this multiple of its layer's "
+        "mean norm (attention sinks)",
+    )
+    held_out: float = Field(
+        0.05, gt=0, lt=1, description="share of the documents kept for evaluation, never trained on"
+    )
+    on_exhausted: Literal["error", "repeat"] = Field(
+        "error", description="when the text is used up: stop, or begin another epoch"
+    )
+    seed: int = Field(0, ge=0, description="order of the documents, and which are held out")
+
+
+class GroupingConfig(_Section):
+    """Which layers share a dictionary."""
+
+    layers: Literal["all_but_last", "all"] | tuple[int, ...] = Field(
+        "all_but_last", description="layers to cover: all_but_last, all, or a list such as [2,3,4]"
+    )
+    distance_tokens: Count = Field(
+        100_000,
+        description="tokens for the distances and the layers' means and norms (paper: 10M)",
+    )
+    center: bool = Field(
+        True, description="subtract each layer's mean before the angles (v2 of the paper)"
+    )
+    method: Literal["linkage", "optimal", "even"] = Field(
+        "linkage",
+        description="complete linkage (paper), exact smallest diameters, or groups of equal length",
+    )
+    threshold: float = Field(
+        0.2, gt=0, le=1, description="choose the smallest G with AMAD below this (paper: 0.2)"
+    )
+    groups: Count | None = Field(None, description="fix G instead of using the threshold")
+    partition: tuple[tuple[int, ...], ...] | str | None = Field(
+        None, description="the groups themselves: [[0,1],[2,3,4]] or 0-1,2-4"
+    )
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> GroupingConfig:
+        if self.groups is not None and self.partition is not None:
+            raise ValueError("give either grouping.groups or grouping.partition, not both")
+        return self
+
+
+class SAEConfig(_Section):
+    """The dictionary."""
+
+    architecture: Literal["topk"] = Field("topk", description="sparsity rule")
+    k: Count = Field(32, description="active latents per token (paper: 128)")
+    expansion: Count = Field(16, description="d_sae / d_model")
+    d_sae: Count | None = Field(None, description="number of latents, instead of expansion")
+    affine: Literal["none", "scale", "center"] = Field(
+        "center",
+        description="what each member layer has of its own: nothing; its scale (paper); its scale "
+        "and mean",
+    )
+
+    def width(self, d_model: int) -> int:
+        """d_sae for a host of this width."""
+        return self.d_sae or self.expansion * d_model
+
+
+class TrainingConfig(_Section):
+    """How the SAEs are trained."""
+
+    tokens: Count = Field(1_000_000, description="tokens that each SAE is trained on (paper: 1B)")
+    batch_tokens: Count = Field(4096, description="tokens of one step, per SAE (paper: 131,072)")
+    buffer_tokens: Count = Field(32_768, description="tokens that the shuffle buffer mixes")
+    host_batch_contexts: Count = Field(32, description="contexts in one forward of the host model")
+    baseline: bool = Field(
+        True, description="also train one SAE per layer, on the same tokens, to compare with"
+    )
+    learning_rate: float | None = Field(
+        None, gt=0, description="by default 2e-4 / sqrt(d_sae / 2^14), constant (paper)"
+    )
+    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Adam's epsilon")
+    gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm, per SAE")
+    auxk_weight: float = Field(1 / 32, ge=0, description="weight of the auxiliary loss; 0: none")
+    dead_after_tokens: Count = Field(
+        10_000_000, description="a latent that was silent for so many tokens counts as dead"
+    )
+    layer_sampling: Literal["uniform"] = Field(
+        "uniform", description="per token, which member layer a group sees"
+    )
+    log_every: Count = Field(20, description="steps between two lines of metrics")
+    checkpoint_every: Count = Field(500, description="steps between two checkpoints")
+    checkpoints_kept: Count = Field(2, description="checkpoints kept, the newest")
+    tracker: Literal["none", "wandb", "tensorboard"] = Field(
+        "none", description="also send the metrics there"
+    )
+    seed: int = Field(0, ge=0, description="weights, layer sampling and shuffling")
+
+    @model_validator(mode="after")
+    def _sizes(self) -> TrainingConfig:
+        if self.buffer_tokens < self.batch_tokens:
+            raise ValueError(
+                f"training.buffer_tokens: {self.buffer_tokens} is smaller than "
+                f"training.batch_tokens = {self.batch_tokens}; raise the one or lower the other"
+            )
+        if self.tokens < self.batch_tokens:
+            raise ValueError(
+                f"training.tokens: {self.tokens} is less than one batch "
+                f"(training.batch_tokens = {self.batch_tokens}); raise the one or lower the other"
+            )
+        if not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ValueError(f"training.adam_betas: {self.adam_betas} must lie in [0, 1)")
+        return self
+
+    def rate(self, d_sae: int) -> float:
+        """The learning rate for a dictionary of this size (Gao et al. 2024, as in the paper)."""
+        return self.learning_rate or 2e-4 / (d_sae / 2**14) ** 0.5
+
+    @property
+    def steps(self) -> int:
+        """Number of steps: whole batches only."""
+        return self.tokens // self.batch_tokens
+
+
+class EvaluationConfig(_Section):
+    """How the SAEs are judged."""
+
+    tokens: Count = Field(100_000, description="held-out tokens (paper: 1M)")
+    batch_contexts: Count = Field(32, description="contexts in one forward of the host model")
+
+
+class ReportConfig(_Section):
+    """The page and the figures."""
+
+    formats: tuple[Literal["pdf", "png", "svg"], ...] = Field(
+        ("pdf", "png"), description="files written for each figure"
+    )
+
+
+class Config(_Section):
+    """A whole run; every key has a default, and the defaults run."""
+
+    host: HostConfig = HostConfig()
+    tokens: TokensConfig = TokensConfig()
+    grouping: GroupingConfig = GroupingConfig()
+    sae: SAEConfig = SAEConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    report: ReportConfig = ReportConfig()
+    provenance: dict[str, Any] | None = Field(
+        None, description="written by groupsae into a run's config.yaml; not an input"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        if self.sae.d_sae is not None and self.sae.k > self.sae.d_sae:
+            raise ValueError(
+                f"sae.k: {self.sae.k} is more than sae.d_sae = {self.sae.d_sae}; lower k"
+            )
+        return self
+
+    @classmethod
+    def load(cls, path: Path | str | None = None, overrides: Iterable[str] = ()) -> Config:
+        """Read a YAML file (the defaults where None) and apply `key.path=value` overrides.
+
+        Raises
+        ------
+        InputError
+            Naming the key, the value, and what is allowed or the nearest valid name.
+        """
+        values = {} if path is None else _read_yaml(Path(path))
+        for override in overrides:
+            key, separator, text = override.partition("=")
+            if not separator:
+                raise InputError(f"{override!r} is no override; write key.path=value")
+            try:
+                _put(values, key.strip(), yaml.safe_load(text))
+            except yaml.YAMLError as error:
+                raise InputError(f"{key}: {text!r} cannot be read as a value: {error}") from error
+        return cls.parse(values)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Config:
+        """Validate nested values; errors as in :meth:`load`."""
+        unknown = list(_unknown_keys(cls, values))
+        if unknown:
+            raise InputError("\n".join(unknown))
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise InputError("\n".join(_messages(error))) from error
+
+    def dump(self) -> str:
+        """The whole config as YAML that :meth:`load` reads back to the same config."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+def keys() -> Iterator[tuple[str, str, object, str]]:
+    """Every key as (path, type, default, meaning), for the help."""
+    for section_name, section in Config.model_fields.items():
+        annotation = section.annotation
+        if isinstance(annotation, type) and issubclass(annotation, _Section):
+            for name, field in annotation.model_fields.items():
+                yield (
+                    f"{section_name}.{name}",
+                    _type_name(field.annotation),
+                    field.default,
+                    field.description or "",
+                )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"config file {path} does not exist") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"config file {path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"config file {path} is not valid YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"config file {path} holds a {type(values).__name__}, not sections of keys")
+    return values
+
+
+def _put(values: dict[str, Any], key: str, value: object) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = values.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise InputError(f"{key}: {parent} is a value, not a section")
+        values = inner
+    values[last] = value
+
+
+def _unknown_keys(
+    section: type[BaseModel], values: Mapping[str, Any], prefix: str = ""
+) -> Iterator[str]:
+    for name, value in values.items():
+        field = section.model_fields.get(str(name))
+        if field is None:
+            yield f"{prefix}{name} = {value!r}: there is no such key{_suggestion(prefix, str(name))}"
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            if isinstance(value, Mapping):
+                yield from _unknown_keys(field.annotation, value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name} = {value!r}: this is a section; give its keys"
+
+
+def _suggestion(prefix: str, name: str) -> str:
+    paths = [path for path, *_ in keys()]
+    names = {path.rpartition(".")[2]: path for path in paths}
+    near = difflib.get_close_matches(f"{prefix}{name}", [*paths, *Config.model_fields], n=1)
+    same_name = [names[name]] if name in names else []
+    similar_name = [names[match] for match in difflib.get_close_matches(name, names, n=1)]
+    for found in (*same_name, *near, *similar_name):
+        return f"; did you mean {found}?"
+    section = Config.model_fields.get(prefix.rstrip("."))
+    known = getattr(section.annotation, "model_fields", None) if section else Config.model_fields
+    return f"; known are {', '.join(known or ())}"
+
+
+def _messages(error: ValidationError) -> Iterator[str]:
+    """One line for each key that is wrong."""
+    seen: dict[str, list[str]] = {}
+    values: dict[str, object] = {}
+    for problem in error.errors():
+        path = ".".join(str(part) for part in problem["loc"][:2])
+        message = problem["msg"].removeprefix("Value error, ")
+        seen.setdefault(path, [])
+        values[path] = problem["input"]
+        if message not in seen[path]:
+            seen[path].append(message)
+    for path, messages in seen.items():
+        if path.count(".") == 0:  # a rule across keys, which names them itself
+            yield from messages
+        else:
+            yield f"{path} = {values[path]!r}: {'; or '.join(messages)}"
+
+
+def _type_name(annotation: object) -> str:
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) is Literal:
+        return "|".join(map(str, get_args(annotation)))
+    if get_origin(annotation) in (Union, UnionType):
+        return "|".join(_type_name(choice) for choice in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return "list"
+    if annotation is type(None):
+        return "null"
+    return getattr(annotation, "__name__", str(annotation))

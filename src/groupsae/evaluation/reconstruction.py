@@ -1,0 +1,262 @@
+"""How much of the host model survives when a layer is replaced by its reconstruction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from groupsae.host.model import HostModel
+from groupsae.host.tokens import TokenStream, special_mask
+from groupsae.progress import progress
+from groupsae.sae import SAE, Latents
+
+DEFINITIONS = {
+    "ce_loss_score": "(ce_zero - ce_spliced) / (ce_zero - ce_clean)",
+    "ce_clean": "mean next-token cross-entropy of the untouched host model, nats",
+    "ce_spliced": "the same with the layer's residual stream replaced by its reconstruction",
+    "ce_zero": "the same with the layer's residual stream replaced by zeros",
+    "kl": "mean KL divergence from the clean to the spliced next-token distribution, nats",
+    "r2": "1 - sum ||x - x_hat||^2 / sum ||x - mean x||^2 over all tokens, sums in float64 (1 - FVU)",
+    "explained_variance": "mean over tokens of 1 - ||x - x_hat||^2 / ||x - mean x||^2, the mean x "
+    "taken over each forward's tokens; as the published tables have it",
+    "l2": "mean over tokens of ||x - x_hat||",
+    "mse": "mean over tokens and dimensions of (x - x_hat)^2",
+    "cosine": "mean over tokens of cos(x, x_hat)",
+    "l0": "mean number of active latents per token",
+    "dead": "share of latents that are active on none of this layer's tokens",
+    "dead_in_group": "share of latents that are active at none of the group's layers",
+    "latent_density": "histogram over latents of log10 of the share of tokens on which one is "
+    "active; `silent` counts the latents that never are",
+    "tokens": "positions that were replaced and counted. Special tokens are neither replaced nor "
+    "counted where tokens.exclude_special holds; cross-entropy and KL are those of the predictions "
+    "made at counted positions",
+}
+
+DENSITY_EDGES = tuple(-6 + 0.25 * i for i in range(25))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An SAE under evaluation, and the partition that it belongs to ("groups" or "baseline")."""
+
+    partition: str
+    sae: SAE
+
+
+@torch.no_grad()
+def evaluate_reconstruction(
+    host: HostModel,
+    stream: TokenStream,
+    subjects: Sequence[Subject],
+    *,
+    tokens: int,
+    batch_contexts: int,
+    special: Iterable[int] = (),
+) -> dict[str, Any]:
+    """Splice every SAE in at every one of its member layers, one at a time.
+
+    Cross-entropies as in Group-SAE (arXiv 2410.21508 v2, section 4.1). All subjects see the same
+    tokens.
+
+    Parameters
+    ----------
+    tokens
+        Tokens to read; rounded up to whole contexts.
+    batch_contexts
+        Contexts in one forward.
+    special
+        Token ids whose positions are neither replaced nor counted.
+
+    Returns
+    -------
+    dict
+        The content of `evaluation/reconstruction.json`: "definitions", "tokens" and "rows", one
+        row per subject and member layer, partitions and layers in order.
+    """
+    tallies = [
+        (subject, layer, _Tally(subject.sae))
+        for subject in subjects
+        for layer in subject.sae.layers
+    ]
+    layers = sorted({layer for _, layer, _ in tallies})
+    clean = _Mean()
+    zeros = {layer: _Mean() for layer in layers}
+    contexts = math.ceil(tokens / stream.context_length)
+    special = tuple(special)
+
+    with progress("evaluate", contexts * stream.context_length) as bar:
+        while contexts:
+            input_ids = stream.next_contexts(min(batch_contexts, contexts))
+            contexts -= len(input_ids)
+            mask = ~special_mask(input_ids, special)
+            input_ids, mask = input_ids.to(host.device), mask.to(host.device)
+            clean_logits = host.logits(input_ids)
+            clean.add(_cross_entropy(clean_logits, input_ids, mask))
+            for layer in layers:
+                with host.splice({layer: _masked(torch.zeros_like, mask)}):
+                    zeros[layer].add(_cross_entropy(host.logits(input_ids), input_ids, mask))
+            for subject, layer, tally in tallies:
+                reconstruct = tally.watching(subject.sae, layer, mask)
+                with host.splice({layer: reconstruct}):
+                    logits = host.logits(input_ids)
+                tally.cross_entropy.add(_cross_entropy(logits, input_ids, mask))
+                tally.kl.add(_kl(clean_logits, logits, mask))
+            bar.advance(input_ids.numel())
+
+    groups_total = {
+        partition: sum(subject.partition == partition for subject in subjects)
+        for partition in ("groups", "baseline")
+    }
+    fired: dict[int, Tensor] = {}
+    for subject, _, tally in tallies:
+        key = id(subject.sae)
+        fired[key] = tally.counts + fired.get(key, torch.zeros_like(tally.counts))
+    rows = []
+    for subject, layer, tally in tallies:
+        ce = {"clean": clean.value, "spliced": tally.cross_entropy.value, "zero": zeros[layer].value}
+        rows.append(
+            {
+                "partition": subject.partition,
+                "groups_total": groups_total[subject.partition],
+                "group": list(subject.sae.layers),
+                "layer": layer,
+                "ce_loss_score": (ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["clean"]),
+                **{f"ce_{name}": value for name, value in ce.items()},
+                "kl": tally.kl.value,
+                **tally.summary(),
+                "dead_in_group": float((fired[id(subject.sae)] == 0).double().mean()),
+            }
+        )
+    return {"definitions": DEFINITIONS, "tokens": clean.count, "rows": rows}
+
+
+class _Mean:
+    """A mean over tokens, in float64."""
+
+    def __init__(self) -> None:
+        self.total, self.count = 0.0, 0
+
+    def add(self, values: Float[Tensor, "token"]) -> None:
+        self.total += float(values.double().sum())
+        self.count += values.numel()
+
+    @property
+    def value(self) -> float:
+        return self.total / self.count
+
+
+class _Tally:
+    """Everything that is counted about one SAE at one layer, streamed in float64."""
+
+    def __init__(self, sae: SAE) -> None:
+        self.cross_entropy, self.kl = _Mean(), _Mean()
+        self.explained_variance, self.l2, self.cosine, self.l0 = (_Mean() for _ in range(4))
+        d_model, device = sae.config.d_model, sae.W_enc.device
+        self.error = 0.0
+        self.squares = 0.0
+        self.sum = torch.zeros(d_model, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(sae.config.d_sae, dtype=torch.long, device=device)
+
+    def watching(
+        self, sae: SAE, layer: int, mask: Bool[Tensor, "batch context"]
+    ) -> Callable[[Tensor], Tensor]:
+        """The splice: x_hat at the counted positions, which are added to the tally."""
+
+        def reconstruct(x: Float[Tensor, "batch context d_model"]) -> Tensor:
+            counted = x[mask]
+            latents = sae.encode(counted, layer)
+            x_hat = sae.decode(latents, layer)
+            self._add(counted.double(), x_hat.double(), latents)
+            spliced = x.clone()
+            spliced[mask] = x_hat.to(x.dtype)
+            return spliced
+
+        return reconstruct
+
+    def _add(
+        self,
+        x: Float[Tensor, "token d_model"],
+        x_hat: Float[Tensor, "token d_model"],
+        latents: Latents,
+    ) -> None:
+        error = (x - x_hat).square().sum(1)
+        about_mean = (x - x.mean(0)).square().sum(1)
+        self.error += float(error.sum())
+        self.squares += float(x.square().sum())
+        self.sum += x.sum(0)
+        self.explained_variance.add(1 - error / about_mean)
+        self.l2.add(error.sqrt())
+        self.cosine.add(torch.cosine_similarity(x, x_hat, dim=1))
+        self.l0.add(latents.l0())
+        active = latents.indices[latents.values > 0]
+        self.counts += torch.bincount(active, minlength=len(self.counts))
+
+    def summary(self) -> dict[str, Any]:
+        tokens = self.l2.count
+        variance = self.squares - float(self.sum.square().sum()) / tokens
+        density = self.counts.double() / tokens
+        histogram, _ = torch.histogram(
+            density[density > 0].log10().cpu(), torch.tensor(DENSITY_EDGES, dtype=torch.float64)
+        )
+        return {
+            "r2": 1 - self.error / variance,
+            "explained_variance": self.explained_variance.value,
+            "l2": self.l2.value,
+            "mse": self.error / tokens / len(self.sum),
+            "cosine": self.cosine.value,
+            "l0": self.l0.value,
+            "dead": float((self.counts == 0).double().mean()),
+            "latent_density": {
+                "edges": list(DENSITY_EDGES),
+                "counts": histogram.long().tolist(),
+                "silent": int((self.counts == 0).sum()),
+            },
+        }
+
+
+def _masked(
+    change: Callable[[Tensor], Tensor], mask: Bool[Tensor, "batch context"]
+) -> Callable[[Tensor], Tensor]:
+    """`change` at the positions in `mask`, the residual stream as it is elsewhere."""
+
+    def changed(x: Float[Tensor, "batch context d_model"]) -> Tensor:
+        return torch.where(mask.unsqueeze(-1), change(x), x)
+
+    return changed
+
+
+def _cross_entropy(
+    logits: Float[Tensor, "batch context vocab"],
+    input_ids: Int[Tensor, "batch context"],
+    mask: Bool[Tensor, "batch context"],
+) -> Float[Tensor, "token"]:
+    """Of the predictions made at the positions in `mask`, context by context."""
+    counted = mask[:, :-1]
+    return torch.cat(
+        [
+            torch.nn.functional.cross_entropy(
+                logits[i, :-1][counted[i]].float(), input_ids[i, 1:][counted[i]], reduction="none"
+            )
+            for i in range(len(logits))
+        ]
+    )
+
+
+def _kl(
+    clean: Float[Tensor, "batch context vocab"],
+    spliced: Float[Tensor, "batch context vocab"],
+    mask: Bool[Tensor, "batch context"],
+) -> Float[Tensor, "token"]:
+    """KL(clean || spliced) of the predictions at the positions in `mask`, context by context."""
+    divergences = []
+    for i in range(len(clean)):
+        p = clean[i, :-1][mask[i, :-1]].float().log_softmax(-1)
+        q = spliced[i, :-1][mask[i, :-1]].float().log_softmax(-1)
+        divergences.append((p.exp() * (p - q)).sum(-1))
+    return torch.cat(divergences)

@@ -1,0 +1,444 @@
+"""Where text comes from: the documents of any source, in a shuffled order one can re-enter.
+
+Files and folders are read by the `datasets` library and lie in its on-disk cache, so a corpus may
+be larger than memory; hub data sets are streamed and never stored.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import hashlib
+import logging
+import mmap
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from groupsae.errors import InputError
+
+BUNDLED = "bundled"
+"""The name of the source that needs neither a file nor a network: generated English."""
+
+COLUMNS = ("text", "tokens", "input_ids")
+"""Where documents are looked for when no column is named."""
+
+END_OF_DOCUMENT = "<|endoftext|>"
+"""What separates the documents of a .txt file that uses it."""
+
+_BLOCK = 1000  # documents read at a time; a stream is shuffled within such a block
+_PIECE = 2_000  # characters after which a .txt file without markers is cut at the next blank line
+_LONGEST_PIECE = 20_000  # ... and here it is cut at the next line end, blank or not
+
+_BUILDERS = {
+    ".txt": "txt",
+    ".jsonl": "json",
+    ".json": "json",
+    ".jsonl.gz": "json",
+    ".jsonl.zst": "json",
+    ".parquet": "parquet",
+}
+
+
+class Position(NamedTuple):
+    """A place in a source's order; JSON keeps it as a list."""
+
+    epoch: int
+    index: int
+    """Of the document, in this epoch's order."""
+    bookmark: dict[str, Any] | None = None
+    """What a stream needs to find its place again without reading up to it."""
+
+
+class Document(NamedTuple):
+    """One document, as text or as token ids; None where the row holds nothing."""
+
+    position: Position
+    content: str | np.ndarray | None
+
+
+class Documents(Protocol):
+    """A corpus as documents."""
+
+    count: int | None
+    """How many there are; None where that is unknown or endless."""
+
+    def read(self, start: Position) -> Iterator[Document]:
+        """The documents of one epoch from `start` on: always the same ones for the same place."""
+        ...
+
+    def identity(self) -> str:
+        """Differs between corpora that differ; does not depend on where a file lies."""
+        ...
+
+
+def open_documents(
+    source: str | Path,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    column: str | None = None,
+    revision: str | None = None,
+    seed: int = 0,
+) -> Documents:
+    """Open `source`: "bundled", a file, a folder, or the name of a hub data set.
+
+    - Files: .txt, .jsonl (.json, .jsonl.gz, .jsonl.zst), .parquet. The documents of a .txt file are
+      what lies between `<|endoftext|>` markers; without any, neighbouring paragraphs (separated by
+      blank lines) are joined into pieces of about 2,000 characters, and each piece is a document.
+    - Folders: of such files, all of one type, with splits told by file and folder names as
+      `datasets` does it (train.jsonl, validation/...; files without such a name are "train"), or
+      as written by `save_to_disk`.
+    - Hub data sets are streamed; `subset` is the configuration where there are several.
+
+    `column` names the column of text or of lists of token ids; by default the one of `text`,
+    `tokens`, `input_ids` that is there.
+
+    Raises InputError where there is nothing readable, or no such split or column.
+    """
+    if source == BUNDLED:
+        return _Bundled(seed)
+    path = Path(source).expanduser()
+    if path.exists():
+        with _explained(source):
+            dataset = _load(path, split, subset)
+        return _Indexed(dataset, _column(source, dataset.column_names, column), source, seed)
+    if _is_path(source) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
+        raise InputError(
+            f"tokens.source={str(source)!r}: no such file or folder (looked at {path.absolute()}). "
+            f"Check the path, or use tokens.source={BUNDLED}."
+        )
+    return _Streamed(str(source), split, subset, column, revision, seed)
+
+
+class _Indexed:
+    """Local rows, any of which can be read at once: each epoch is a permutation of all of them."""
+
+    def __init__(self, dataset: Any, column: str, source: str | Path, seed: int) -> None:
+        self.count: int | None = len(dataset)
+        self._rows = dataset.select_columns([column]).with_format(None)
+        self._column, self._source, self._seed = column, source, seed
+        if not _surely_text_or_ids(self._rows.features[column]):
+            for row in range(len(dataset)):  # before any work, rather than deep in a run
+                self._read_rows(np.array([row]))
+
+    def read(self, start: Position) -> Iterator[Document]:
+        order = np.random.default_rng([self._seed, start.epoch]).permutation(len(self._rows))
+        for first in range(start.index, len(order), _BLOCK):
+            contents = self._read_rows(order[first : first + _BLOCK])
+            for index, content in enumerate(contents, start=first):
+                yield Document(Position(start.epoch, index), content)
+
+    def identity(self) -> str:
+        sample = np.unique(np.linspace(0, len(self._rows) - 1, 64).astype(int))
+        digest = hashlib.blake2b(f"{self._column} {len(self._rows)}".encode(), digest_size=8)
+        for content in self._read_rows(sample) if len(self._rows) else []:
+            digest.update(b"\0" + _bytes(content))
+        return digest.hexdigest()
+
+    def _read_rows(self, rows: np.ndarray) -> list[str | np.ndarray | None]:
+        with _explained(self._source):
+            values = self._rows[rows.tolist()][self._column]
+        return [
+            _content(value, row, self._column, self._source)
+            for row, value in zip(rows.tolist(), values, strict=True)
+        ]
+
+
+class _Streamed:
+    """A hub data set, read in its own order and shuffled within blocks of 1,000 documents."""
+
+    count: int | None = None
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        subset: str | None,
+        column: str | None,
+        revision: str | None,
+        seed: int,
+    ) -> None:
+        import datasets
+
+        self._name, self._seed = name, seed
+        self._identity = [name, subset, revision, split]
+        with _explained(name), _quiet():
+            self._stream = datasets.load_dataset(
+                name, subset, split=split, revision=revision, streaming=True
+            )
+            columns = self._stream.column_names or next(iter(copy.deepcopy(self._stream)), {})
+        self._column = _column(name, list(columns), column)
+
+    def read(self, start: Position) -> Iterator[Document]:
+        stream = copy.deepcopy(self._stream)  # each reader keeps its own place
+        if start.bookmark is not None:
+            stream.load_state_dict(copy.deepcopy(start.bookmark))
+        rows = iter(stream)
+        block, first = divmod(start.index, _BLOCK)
+        while True:
+            bookmark = copy.deepcopy(stream.state_dict())
+            with _explained(self._name):
+                values = [row[self._column] for row in islice(rows, _BLOCK)]
+            if not values:
+                return
+            seeds = [self._seed, start.epoch, block]
+            order = np.random.default_rng(seeds).permutation(len(values))
+            for index in range(first, len(values)):
+                row = int(order[index])
+                yield Document(
+                    Position(start.epoch, block * _BLOCK + index, bookmark),
+                    _content(values[row], block * _BLOCK + row, self._column, self._name),
+                )
+            block, first = block + 1, 0
+
+    def identity(self) -> str:
+        return " ".join(str(part) for part in [*self._identity, self._column])
+
+
+class _Bundled:
+    """Generated English without end; its documents are independent, so any order is shuffled."""
+
+    count: int | None = None
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def read(self, start: Position) -> Iterator[Document]:
+        from groupsae.host.bundled import english
+
+        first = start.index
+        while True:
+            documents = english.documents(first, first + _BLOCK, seed=self._seed)
+            for index, document in enumerate(documents, start=first):
+                yield Document(Position(start.epoch, index), document.text)
+            first += _BLOCK
+
+    def identity(self) -> str:
+        return BUNDLED
+
+
+def _load(path: Path, split: str, subset: str | None) -> Any:
+    """The rows of a local file or folder, memory-mapped from the cache of `datasets`."""
+    import datasets
+
+    if path.is_dir() and any((path / name).exists() for name in _SAVED):
+        saved = datasets.load_from_disk(str(path))
+        if not isinstance(saved, datasets.DatasetDict):
+            saved = {"train": saved}
+        return _split(path, saved, split)
+    if path.is_dir():
+        with _quiet():
+            builder = datasets.load_dataset_builder(str(path), subset)
+        files = _split(path, builder.config.data_files or {}, split)
+    else:
+        files = _split(path, {"train": [path]}, split)
+    files = sorted(Path(file) for file in files)
+    kinds = sorted({_file_type(file) for file in files})
+    if len(kinds) > 1:
+        raise InputError(
+            f"tokens.source={str(path)!r} holds files of several types ({', '.join(kinds)}). "
+            "Keep one type in the folder, or name one file."
+        )
+    files = [file for file in files if file.stat().st_size]
+    if not files:
+        raise InputError(f"tokens.source={str(path)!r} is empty. Give a source that holds text.")
+    builder_name = _BUILDERS[kinds[0]]
+    with _quiet():
+        if builder_name == "txt":
+            return datasets.Dataset.from_generator(
+                _text_documents,
+                features=datasets.Features({"text": datasets.Value("string")}),
+                gen_kwargs={"files": [_Stamped.of(file) for file in files]},
+            )
+        return datasets.load_dataset(
+            builder_name, data_files=[str(file) for file in files], split="train"
+        )
+
+
+_SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
+
+
+def _split(path: Path, splits: Any, split: str) -> Any:
+    named = {str(name): value for name, value in splits.items()}
+    if split not in named:
+        raise InputError(
+            f"tokens.split={split!r}: {str(path)!r} has no such split; "
+            f"it has {', '.join(named) or 'none'}."
+        )
+    return named[split]
+
+
+def _file_type(file: Path) -> str:
+    for suffix in _BUILDERS:
+        if file.name.lower().endswith(suffix):
+            return suffix
+    raise InputError(
+        f"tokens.source: cannot read {str(file)!r}; the types known are {', '.join(_BUILDERS)}, "
+        "and folders written by `save_to_disk`."
+    )
+
+
+def _is_path(source: str | Path) -> bool:
+    return isinstance(source, Path) or source.startswith((".", "/", "~")) or "\\" in source or any(
+        source.lower().endswith(suffix) for suffix in _BUILDERS
+    )
+
+
+class _Stamped(NamedTuple):
+    """A file with what changes when it does: the cache of `datasets` is keyed by these."""
+
+    path: str
+    size: int
+    changed: int
+
+    @classmethod
+    def of(cls, file: Path) -> _Stamped:
+        status = file.stat()
+        return cls(str(file.absolute()), status.st_size, status.st_mtime_ns)
+
+
+def _text_documents(files: list[_Stamped]) -> Iterator[dict[str, str]]:
+    for path, _, _ in files:
+        pieces = _between_markers if _has_markers(Path(path)) else _paragraphs
+        for piece in pieces(Path(path)):
+            if piece.strip():
+                yield {"text": piece.strip()}
+
+
+def _has_markers(file: Path) -> bool:
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        return view.find(END_OF_DOCUMENT.encode()) >= 0
+
+
+def _between_markers(file: Path) -> Iterator[str]:
+    lines: list[str] = []
+    with file.open(encoding="utf-8-sig") as opened:
+        for line in opened:
+            *ended, rest = line.split(END_OF_DOCUMENT)
+            for end in ended:
+                yield "".join([*lines, end])
+                lines = []
+            lines.append(rest)
+    yield "".join(lines)
+
+
+def _paragraphs(file: Path) -> Iterator[str]:
+    lines: list[str] = []
+    length = 0
+    with file.open(encoding="utf-8-sig") as opened:
+        while line := opened.readline(_LONGEST_PIECE):
+            lines.append(line)
+            length += len(line)
+            if length >= (_LONGEST_PIECE if line.strip() else _PIECE):
+                yield "".join(lines)
+                lines, length = [], 0
+    yield "".join(lines)
+
+
+def _column(source: str | Path, columns: list[str], named: str | None) -> str:
+    listed = ", ".join(columns) or "none"
+    if named is not None:
+        if named not in columns:
+            raise InputError(
+                f"tokens.column={named!r}: {str(source)!r} has no such column; it has {listed}."
+            )
+        return named
+    found = [column for column in COLUMNS if column in columns]
+    if not found:
+        raise InputError(
+            f"tokens.source={str(source)!r} has none of the columns {', '.join(COLUMNS)}; it has "
+            f"{listed}. Name the one that holds text or token ids with tokens.column."
+        )
+    if len(found) > 1:
+        raise InputError(
+            f"tokens.source={str(source)!r} has the columns {' and '.join(found)}. "
+            "Name the one to read with tokens.column."
+        )
+    return found[0]
+
+
+def _surely_text_or_ids(feature: Any) -> bool:
+    dtype = str(getattr(feature, "dtype", None))
+    inner = str(getattr(getattr(feature, "feature", None), "dtype", None))
+    return dtype in {"string", "large_string"} or inner.startswith(("int", "uint"))
+
+
+def _content(value: Any, row: int, column: str, source: str | Path) -> str | np.ndarray | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        ids = np.asarray(value) if value else np.zeros(0, np.int64)
+        if ids.ndim == 1 and ids.dtype.kind in "iu":
+            return ids.astype(np.int64)
+    raise InputError(
+        f"row {row} (from 0) of {str(source)!r}: column {column!r} holds {repr(value)[:60]} "
+        f"({type(value).__name__}), which is neither text nor a list of token ids. "
+        "Mend or drop that row, or name another column with tokens.column."
+    )
+
+
+def _bytes(content: str | np.ndarray | None) -> bytes:
+    """What makes two documents the same: their text but for outer white space, or their ids."""
+    if content is None:
+        return b""
+    return content.strip().encode() if isinstance(content, str) else content.tobytes()
+
+
+@contextmanager
+def _explained(source: str | Path) -> Iterator[None]:
+    """Turn what `datasets` raises into one message about `source`."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise InputError(_explanation(str(source), error)) from error
+
+
+def _explanation(source: str, error: BaseException) -> str:
+    causes = [error]
+    while cause := causes[-1].__cause__:
+        causes.append(cause)
+    reason = next((text for cause in reversed(causes) if (text := str(cause))), repr(error))
+    for cause in causes:
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "Not enough disk space" in str(cause) or "No space left" in str(cause):
+            from datasets import config
+
+            return (
+                f"tokens.source={source!r}: no free disk for the cache of data sets in "
+                f"{config.HF_DATASETS_CACHE} ({reason}). Free some space, or set "
+                "HF_DATASETS_CACHE to a folder on a larger disk."
+            )
+    if Path(source).expanduser().exists():
+        return f"tokens.source={source!r} cannot be read: {reason}"
+    return (
+        f"tokens.source={source!r} is no local file or folder, and the Hugging Face hub did not "
+        f"give a data set of that name: {reason}. Check the name, tokens.split, tokens.subset, "
+        f"the network and HF_HUB_OFFLINE; or use a local file, or tokens.source={BUNDLED}."
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of `datasets` and its remarks on a folder's README."""
+    import datasets
+
+    cards = logging.getLogger("huggingface_hub.repocard")
+    level, bars = cards.level, not datasets.are_progress_bars_disabled()
+    cards.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        cards.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()

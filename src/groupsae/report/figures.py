@@ -1,0 +1,627 @@
+"""The figures, drawn from plain artefacts and sized for a paper (inches, 7 to 9 point type).
+
+One hue stands for group SAEs in all of them, light for shallow groups and dark for deep ones; grey
+stands for one SAE per layer. Both survive the common colour-vision deficiencies and greyscale.
+Every function returns a `matplotlib.figure.Figure` that no global state knows; write it with
+:func:`save`, which embeds the fonts and gives the same bytes for the same figure.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
+from scipy.cluster import hierarchy
+
+from groupsae.errors import InputError
+from groupsae.report.metrics import METRICS, LayerComparison, compare, number
+from groupsae.report.wording import chosen_groups, sae_label, si_scale
+
+FORMATS = ("pdf", "png", "svg")
+
+COLUMN, PAGE = 3.2, 6.4  # inches: one column, and the full width, of a two-column paper
+MOST_PRINTED = 16  # layers up to which the heat map prints its values
+
+INK, MUTED, RULE = "#1c2128", "#59636e", "#d5dae0"
+GROUP, BASELINE, THRESHOLD, BAND = "#0b5cad", "#858d96", "#b3420c", "#edf3fa"
+_RAMP = LinearSegmentedColormap.from_list("groups", ["#86bdf0", "#0b5cad", "#062c55"])
+_HEAT = LinearSegmentedColormap.from_list(
+    "distance", ["#fffdf6", "#fdeabf", "#f8c274", "#e78b3a", "#b9531a", "#702a0e"]
+)
+_MOST_LEGEND_ENTRIES = 8
+_MOST_POINTS = 400
+
+_STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so figures are the same everywhere
+    "font.size": 8,
+    "axes.labelsize": 8,
+    "axes.titlesize": 8,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 5,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.formatter.useoffset": False,
+    "text.color": INK,
+    "text.parse_math": False,  # names from a run may hold a dollar sign
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "xtick.minor.size": 1.5,
+    "ytick.minor.size": 1.5,
+    "grid.color": RULE,
+    "grid.linewidth": 0.5,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 4,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "legend.handlelength": 1.6,
+    "legend.borderaxespad": 0.2,
+    "legend.columnspacing": 1.4,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "pdf.fonttype": 42,  # TrueType: editable, and what publishers ask for
+    "svg.fonttype": "path",
+    "svg.hashsalt": "groupsae",
+}
+
+_OPAQUE: dict[str, Any] = {"frameon": True, "edgecolor": "none", "framealpha": 0.9}
+
+_UNIT_NAMES = {
+    "": "",
+    "k": " (thousands)",
+    "M": " (millions)",
+    "G": " (billions)",
+    "T": " (trillions)",
+}
+
+_P = ParamSpec("_P")
+Floats = NDArray[np.float64]
+
+
+def _styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
+    @functools.wraps(draw)
+    def styled(*args: _P.args, **kwargs: _P.kwargs) -> Figure:
+        with rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+@_styled
+def distance_heatmap(
+    distances: Mapping[str, Any], partition: Mapping[str, Any] | None = None
+) -> Figure:
+    """Angular distances of all pairs of layers, the chosen groups outlined on the diagonal.
+
+    Takes `distances.json` and, for the outlines, `partition.json`. The values are printed where
+    there are at most `MOST_PRINTED` layers.
+    """
+    layers, matrix = distances["layers"], _matrix(distances)
+    n_layers = len(layers)
+    printed = n_layers <= MOST_PRINTED
+    side = max(2.3, 0.315 * n_layers) if printed else 4.0
+    figure = Figure(figsize=(side + 1.15, side + 0.4), layout="constrained")
+    axes = figure.subplots()
+    mesh = axes.pcolormesh(
+        matrix,
+        cmap=_HEAT,
+        vmin=0,
+        vmax=np.nanmax(matrix, initial=1e-3),
+        edgecolors="white" if n_layers <= 24 else "face",
+        linewidth=0.6 if n_layers <= 24 else 0.1,
+        rasterized=n_layers > 48,
+    )
+    axes.set(aspect="equal", xlim=(0, n_layers), ylim=(n_layers, 0), xlabel="Layer", ylabel="Layer")
+    _layer_ticks(axes, layers, offset=0.5, most=24, both=True)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if printed:
+        _print_values(axes, matrix)
+    for group in chosen_groups(partition):
+        members = [layers.index(layer) for layer in group if layer in layers]
+        if members:
+            start, width = min(members), max(members) - min(members) + 1
+            axes.add_patch(
+                Rectangle(
+                    (start, start),
+                    width,
+                    width,
+                    fill=False,
+                    edgecolor=GROUP,
+                    linewidth=2.0,
+                    joinstyle="round",
+                    clip_on=False,
+                    zorder=4,
+                )
+            )
+    bar = figure.colorbar(mesh, ax=axes, shrink=0.75, aspect=24, pad=0.03)
+    bar.set_label("Angular distance")
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    return figure
+
+
+@_styled
+def dendrogram(distances: Mapping[str, Any], partition: Mapping[str, Any] | None = None) -> Figure:
+    """Contiguous complete linkage of the layers, and the cut that gives the chosen groups.
+
+    The height of a join is the largest distance inside the group that it makes. The bars under the
+    leaves are the chosen groups. The cut is drawn only where the chosen partition is a cut of this
+    tree, which explicit, even and optimal partitions need not be.
+    """
+    layers, matrix = distances["layers"], _matrix(distances)
+    if partition is not None:
+        keep = [layers.index(layer) for layer in partition["layers"] if layer in layers]
+        layers, matrix = [layers[at] for at in keep], matrix[np.ix_(keep, keep)]
+    n_layers = len(layers)
+    if n_layers < 2:
+        raise InputError(f"a dendrogram needs at least two layers; there is {n_layers}")
+    links = _linkage(matrix, partition)
+    groups = chosen_groups(partition) or [[layer] for layer in layers]
+    group_of = {layer: at for at, group in enumerate(groups) for layer in group}
+    colours = group_colours(len(groups))
+    cut = _cut(links, layers, groups) if partition is not None else None
+
+    width = min(PAGE, max(COLUMN, 0.2 * n_layers + 0.8))
+    figure = Figure(figsize=(width, 2.7), layout="constrained")
+    axes = figure.subplots()
+    tree = hierarchy.dendrogram(links, no_plot=True)
+    for x, heights in zip(np.array(tree["icoord"]) / 10, tree["dcoord"], strict=True):
+        inside = cut is not None and heights[1] <= cut
+        group = group_of.get(layers[int(x[0])], 0)
+        axes.plot(
+            x,
+            heights,
+            color=colours[group] if inside else MUTED,
+            linewidth=1.6 if inside else 0.9,
+            solid_joinstyle="miter",
+        )
+    if partition is not None:
+        for group, colour in zip(groups, colours, strict=True):
+            members = [layers.index(layer) for layer in group if layer in layers]
+            if members:
+                axes.add_patch(
+                    Rectangle(
+                        (min(members) + 0.12, -0.035),
+                        max(members) - min(members) + 0.76,
+                        0.028,
+                        transform=axes.get_xaxis_transform(),
+                        facecolor=colour,
+                        clip_on=False,
+                    )
+                )
+    if cut is not None:
+        axes.axhline(cut, color=THRESHOLD, linestyle=(0, (4, 2.5)), linewidth=1, label="cut")
+        axes.text(
+            1.015,
+            cut,
+            f"G = {len(groups)}",
+            transform=axes.get_yaxis_transform(),
+            va="center",
+            fontsize=7,
+            color=THRESHOLD,
+        )
+    axes.set(xlim=(0, n_layers), xlabel="Layer", ylabel="Largest angular distance")
+    axes.set_ylim(0, 1.08 * max(float(links[:, 2].max()), 1e-9))
+    _layer_ticks(axes, layers, offset=0.5, most=32)
+    axes.tick_params(axis="x", length=0, pad=7)
+    axes.spines["bottom"].set_visible(False)
+    return figure
+
+
+@_styled
+def amad_and_cost(partition: Mapping[str, Any]) -> Figure:
+    """AMAD and predicted FLOPs per token against G, the threshold and the choice marked."""
+    by_groups = sorted((int(total), entry) for total, entry in partition["by_groups"].items())
+    totals = np.array([total for total, _ in by_groups])
+    chosen = int(partition["chosen"])
+    amad = np.array([number(entry.get("amad")) for _, entry in by_groups])
+    flops = np.array([number(entry.get("flops_per_token")) for _, entry in by_groups])
+    scale, unit = si_scale(float(np.nanmax(flops, initial=0)))
+
+    figure = Figure(figsize=(PAGE, 2.35), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(totals, amad, color=INK, marker="o", markersize=3.2, label="AMAD")
+    threshold = number(partition.get("threshold"))
+    if math.isfinite(threshold):
+        left.axhline(
+            threshold,
+            color=THRESHOLD,
+            linestyle=(0, (4, 2.5)),
+            linewidth=1,
+            label=f"threshold {threshold:g}",
+        )
+    right.plot(totals, flops / scale, color=INK, marker="o", markersize=3.2, label="predicted cost")
+    n_layers = len(partition["layers"])
+    if n_layers in totals:
+        right.plot(
+            [n_layers],
+            flops[totals == n_layers] / scale,
+            linestyle="none",
+            marker="s",
+            markersize=5.5,
+            color=BASELINE,
+            label="one SAE per layer",
+        )
+    for axes, values in ((left, amad), (right, flops / scale)):
+        axes.axvline(chosen, color=GROUP, linewidth=0.8, alpha=0.45)
+        axes.plot(
+            [chosen],
+            values[totals == chosen],
+            linestyle="none",
+            marker="o",
+            markersize=7,
+            color=GROUP,
+            label=f"chosen, G = {chosen}",
+        )
+        axes.set_xlabel("Number of groups G")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
+        axes.set_xlim(min(totals) - 0.6, max(totals) + 0.6)
+        axes.set_ylim(0, 1.1 * max(float(np.nanmax(values, initial=0)), 1e-9))
+        axes.grid(axis="y")
+    left.legend(**_OPAQUE)
+    right.legend(**_OPAQUE, loc="lower right")
+    left.set_ylabel("AMAD")
+    left.set_ylim(top=max(left.get_ylim()[1], 1.15 * np.nan_to_num(threshold)))
+    right.set_ylabel(f"Predicted {unit}FLOP per token")
+    return figure
+
+
+@_styled
+def training_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
+    """FVU and fraction of dead latents of each SAE against the tokens that it has seen.
+
+    Takes the lines of `metrics.jsonl`. SAEs whose name begins with "baseline/" are drawn grey. Of
+    a long log at most some 400 points a curve are kept, evenly, the last one always.
+    """
+    curves: dict[str, list[Mapping[str, Any]]] = {}
+    for line in metrics:
+        curves.setdefault(str(line["sae"]), []).append(line)
+    baselines = sorted(name for name in curves if name.startswith("baseline/"))
+    groups = sorted((name for name in curves if name not in baselines), key=_first_layer)
+    scale, unit = si_scale(max((number(line.get("tokens")) for line in metrics), default=0))
+
+    figure = Figure(figsize=(PAGE, 2.75), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, key, label in zip(
+        panels,
+        ("fvu", "dead"),
+        ("FVU (log scale)", "Fraction of dead latents"),
+        strict=True,
+    ):
+        drawn = [(name, BASELINE, 0.7) for name in baselines]
+        drawn += list(zip(groups, group_colours(len(groups)), [1.5] * len(groups), strict=True))
+        for name, colour, width in drawn:
+            points = _thinned(curves[name])
+            axes.plot(
+                [number(point.get("tokens")) / scale for point in points],
+                [number(point.get(key)) for point in points],
+                color=colour,
+                linewidth=width,
+                marker="o" if len(points) == 1 else None,
+                alpha=0.75 if name in baselines else 1,
+                zorder=2 if name in baselines else 3,
+                label=name,
+            )
+        axes.set(xlabel=f"Tokens per SAE{_UNIT_NAMES[unit]}", ylabel=label)
+        axes.grid(axis="y")
+        axes.margins(x=0.02)
+        axes.set_xlim(left=0)
+    _log_axis(panels[0])
+    if panels[1].get_ylim()[1] <= 1e-4:
+        panels[1].set_ylim(-0.0005, 0.01)
+    else:
+        panels[1].set_ylim(bottom=min(0, panels[1].get_ylim()[0]))
+
+    lines = {line.get_label(): line for line in panels[0].get_lines()}
+    entries = [(lines[name], sae_label(name)) for name in groups]
+    if len(groups) > _MOST_LEGEND_ENTRIES:
+        entries = [
+            (lines[groups[0]], f"groups, shallowest ({sae_label(groups[0])})"),
+            (lines[groups[len(groups) // 2]], "…"),
+            (lines[groups[-1]], f"deepest ({sae_label(groups[-1])})"),
+        ]
+    if baselines:
+        entries.append((lines[baselines[0]], "one SAE per layer"))
+    handles, labels = zip(*entries, strict=True) if entries else ((), ())
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, max(1, len(entries))))
+    return figure
+
+
+@_styled
+def per_layer(
+    rows: Sequence[Mapping[str, Any]],
+    metrics: Sequence[str] = ("ce_loss_score", "r2", "l2", "l0"),
+    chosen: int | None = None,
+) -> Figure:
+    """Each layer's metrics with its group's SAE and with its own, bands showing the groups.
+
+    Takes the rows of `evaluation/reconstruction.json`, of which those of `chosen` groups are drawn
+    where several partitions were evaluated. Lines join layers of one group only.
+    """
+    for key in metrics:
+        if key not in METRICS:
+            raise InputError(f"no metric is called {key!r}; there are {', '.join(METRICS)}")
+    comparisons = compare(rows, chosen)
+    columns = min(2, len(metrics))
+    height = 1.95 if len(metrics) > 1 else 2.3
+    figure = Figure(
+        figsize=(PAGE if columns == 2 else COLUMN, height * math.ceil(len(metrics) / columns)),
+        layout="constrained",
+    )
+    panels = figure.subplots(math.ceil(len(metrics) / columns), columns, squeeze=False).ravel()
+    for axes, key in zip(panels, metrics, strict=False):
+        _per_layer_panel(axes, comparisons, key)
+    for axes in panels[len(metrics) :]:
+        axes.set_visible(False)
+    figure.legend(*_unique_legend(panels[0]), loc="outside upper center", ncols=2)
+    return figure
+
+
+@_styled
+def latent_density(rows: Sequence[Mapping[str, Any]], chosen: int | None = None) -> Figure:
+    """How often latents are active: one histogram a layer, its group's SAE over its own.
+
+    Takes the rows of `evaluation/reconstruction.json` that have `latent_density`, with `edges` in
+    log10 of the share of tokens, and `counts` of latents.
+    """
+    comparisons = [
+        comparison
+        for comparison in compare(rows, chosen)
+        if histogram(comparison.groups) or histogram(comparison.baseline)
+    ]
+    if not comparisons:
+        raise InputError("no row of the evaluation has a latent_density histogram")
+    columns = min(6 if len(comparisons) > 12 else 4, len(comparisons))
+    n_rows = math.ceil(len(comparisons) / columns)
+    figure = Figure(
+        figsize=(max(COLUMN, PAGE * min(1, columns / 4)), 0.5 + 1.1 * n_rows), layout="constrained"
+    )
+    panels = figure.subplots(n_rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, comparison in zip(panels, comparisons, strict=False):
+        for row, colour, filled, label in (
+            (comparison.groups, GROUP, True, "group SAE"),
+            (comparison.baseline, INK, False, "one SAE per layer"),
+        ):
+            if found := histogram(row):
+                edges, counts = found
+                share = 100 * counts / max(counts.sum(), 1)
+                axes.stairs(
+                    share,
+                    edges,
+                    fill=filled,
+                    color=colour,
+                    alpha=0.5 if filled else 1,
+                    linewidth=0.8,
+                    label=label,
+                )
+        axes.text(
+            0.04, 0.95, f"layer {comparison.layer}", transform=axes.transAxes, va="top", fontsize=7
+        )
+    for axes in panels[len(comparisons) :]:
+        axes.set_visible(False)
+    for axes in panels[max(0, len(comparisons) - columns) : len(comparisons)]:
+        axes.tick_params(labelbottom=True)
+    panels[0].set_ylim(0, 1.25 * panels[0].get_ylim()[1])
+    figure.supxlabel("log10 of the share of tokens on which a latent is active", fontsize=8)
+    figure.supylabel("Latents (%)", fontsize=8)
+    figure.legend(*_unique_legend(*panels), loc="outside upper center", ncols=2)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write `figure`, in the format of the name's ending; the same figure gives the same bytes."""
+    form = path.suffix.removeprefix(".")
+    metadata = {
+        "pdf": {"CreationDate": None},
+        "svg": {"Date": None},
+        "png": {},
+    }
+    if form not in metadata:
+        raise InputError(f"figures cannot be written as {form!r}; choose of {', '.join(FORMATS)}")
+    with rc_context(_STYLE):
+        figure.savefig(path, format=form, dpi=300, metadata=metadata[form])
+
+
+def group_colours(n_groups: int) -> list[str]:
+    """One blue per group, from light for the first to dark for the last."""
+    if n_groups == 1:
+        return [GROUP]
+    return [to_hex(_RAMP(at)) for at in np.linspace(0, 1, n_groups)]
+
+
+def histogram(row: Mapping[str, Any]) -> tuple[Floats, Floats] | None:
+    """(edges in log10 density, counts) of a row's `latent_density`, or None where it has none."""
+    density = row.get("latent_density")
+    if not isinstance(density, Mapping) or not {"edges", "counts"} <= density.keys():
+        return None
+    edges = np.array([number(edge) for edge in density["edges"]])
+    counts = np.array([number(count) for count in density["counts"]])
+    if len(edges) != len(counts) + 1 or not np.isfinite(edges).all():
+        return None
+    return edges, np.nan_to_num(counts)
+
+
+def _per_layer_panel(axes: Axes, comparisons: Sequence[LayerComparison], key: str) -> None:
+    layers = [comparison.layer for comparison in comparisons]
+    values = np.array([comparison.values(key) for comparison in comparisons]).reshape(-1, 3)
+    at = np.arange(len(layers))
+    starts = [
+        i for i, c in enumerate(comparisons) if i == 0 or c.group != comparisons[i - 1].group
+    ]
+    spans = list(zip(starts, [*starts[1:], len(layers)], strict=True))
+    for index, (start, stop) in enumerate(spans):
+        axes.axvspan(
+            start - 0.5, stop - 0.5, color=BAND if index % 2 == 0 else "white", linewidth=0
+        )
+    if np.isfinite(values[:, 1]).any():
+        axes.plot(
+            at,
+            values[:, 1],
+            color=BASELINE,
+            linewidth=1,
+            marker="s",
+            markersize=4.2,
+            markerfacecolor="white",
+            markeredgewidth=1,
+            label="one SAE per layer",
+        )
+    for start, stop in spans:
+        axes.plot(
+            at[start:stop],
+            values[start:stop, 0],
+            color=GROUP,
+            marker="o",
+            markersize=3.8,
+            label="one SAE per group",
+        )
+    axes.set(xlabel="Layer", ylabel=METRICS[key].label)
+    axes.set_xlim(-0.5, len(layers) - 0.5)
+    axes.grid(axis="y")
+    _layer_ticks(axes, layers, offset=0, most=16)
+    finite = values[:, :2][np.isfinite(values[:, :2])]
+    if finite.size and np.ptp(finite) <= 1e-3 * abs(finite).max():
+        middle = float(finite.mean())
+        axes.set_ylim(middle - 0.1 * abs(middle) - 1e-9, middle + 0.1 * abs(middle) + 1e-9)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
+
+
+def _matrix(distances: Mapping[str, Any]) -> Floats:
+    """The distances as a symmetric matrix; None becomes NaN, one filled triangle is enough."""
+    matrix = np.array(distances["matrix"], dtype=np.float64)
+    return np.fmax(matrix, matrix.T)
+
+
+def _linkage(matrix: Floats, partition: Mapping[str, Any] | None) -> Floats:
+    """scipy's linkage matrix, from the partition or made anew; left children are the shallower."""
+    given = (partition or {}).get("linkage")
+    n_layers = len(matrix)
+    links = np.array(given, dtype=np.float64) if given else _contiguous_linkage(matrix)
+    if links.shape != (n_layers - 1, 4):
+        raise InputError(
+            f"partition.json: 'linkage' has shape {links.shape}; "
+            f"{(n_layers - 1, 4)} is wanted for {n_layers} layers"
+        )
+    first = list(range(n_layers))
+    for row in links:
+        row[:2] = sorted(row[:2], key=lambda node: first[int(node)])
+        first.append(first[int(row[0])])
+    return links
+
+
+def _contiguous_linkage(matrix: Floats) -> Floats:
+    """Join the two neighbours whose union has the smallest largest distance, until one is left."""
+    n_layers = len(matrix)
+    runs = [(at, at, at + 1) for at in range(n_layers)]  # node, first layer, one past the last
+    links = []
+    while len(runs) > 1:
+        heights = [
+            float(np.nanmax(matrix[a[1] : b[2], a[1] : b[2]], initial=0))
+            for a, b in zip(runs, runs[1:], strict=False)
+        ]
+        at = int(np.argmin(heights))
+        (left, start, _), (right, _, stop) = runs[at], runs[at + 1]
+        runs[at : at + 2] = [(n_layers + len(links), start, stop)]
+        links.append([left, right, heights[at], stop - start])
+    return np.array(links, dtype=np.float64)
+
+
+def _cut(links: Floats, layers: Sequence[int], groups: Sequence[Sequence[int]]) -> float | None:
+    """A height that gives `groups`, or None where no height does."""
+    members: list[list[int]] = [[layer] for layer in layers]
+    current = {tuple(member) for member in members}
+    joins = len(layers) - len(groups)
+    for left, right, _, _ in links[:joins]:
+        a, b = members[int(left)], members[int(right)]
+        members.append(a + b)
+        current = (current - {tuple(a), tuple(b)}) | {tuple(a + b)}
+    if current != {tuple(group) for group in groups}:
+        return None
+    below = float(links[joins - 1, 2]) if joins else 0.0
+    above = float(links[joins, 2]) if joins < len(links) else 1.06 * below
+    return (below + above) / 2
+
+
+def _print_values(axes: Axes, matrix: Floats) -> None:
+    shades = _HEAT(matrix / np.nanmax(matrix, initial=1e-3))
+    for (row, column), value in np.ndenumerate(matrix):
+        if row != column and math.isfinite(value):
+            dark = float(shades[row, column, :3] @ to_rgb("#4d9624")) < 0.52
+            axes.text(
+                column + 0.5,
+                row + 0.5,
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if dark else INK,
+            )
+
+
+def _layer_ticks(
+    axes: Axes, layers: Sequence[int], *, offset: float, most: int, both: bool = False
+) -> None:
+    """Label at most `most` of the layers, evenly, at their positions plus `offset`."""
+    every = math.ceil(len(layers) / most)
+    at = list(range(0, len(layers), every))
+    for axis in (axes.xaxis, axes.yaxis)[: 1 + both]:
+        axis.set_ticks([position + offset for position in at], [str(layers[i]) for i in at])
+
+
+def _log_axis(axes: Axes) -> None:
+    """A log scale with plain numbers, where there is something positive to show."""
+    lines = axes.get_lines()
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in lines] or [[]])
+    positive = values[np.isfinite(values) & (values > 0)]
+    if positive.size == 0:
+        return
+    axes.set_yscale("log")
+    low, high = positive.min() / 1.12, positive.max() * 1.12
+    axes.set_ylim(low, high)
+    many = high / low > 30
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if many else (1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _thinned(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    every = math.ceil(len(points) / _MOST_POINTS)
+    kept = list(points[::every])
+    return kept if kept[-1] is points[-1] else [*kept, points[-1]]
+
+
+def _first_layer(name: str) -> tuple[int, str]:
+    digits = re.search(r"\d+", name)
+    return (int(digits[0]) if digits else -1, name)
+
+
+def _unique_legend(*panels: Axes) -> tuple[list[Any], list[str]]:
+    """Handles and labels, one of each label, groups first."""
+    found: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    labels = sorted(found, key=lambda label: "per layer" in label)
+    return [found[label] for label in labels], labels

@@ -1,0 +1,88 @@
+"""Short phrases that the page and the figures share."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from groupsae.report.artefacts import Run
+from groupsae.report.metrics import METRICS, number
+
+
+def chosen_groups(partition: Mapping[str, Any] | None) -> list[list[int]]:
+    """The groups of the chosen partition; none where there is no partition."""
+    if partition is None:
+        return []
+    return list(partition["by_groups"][str(partition["chosen"])]["groups"])
+
+
+def choice(run: Run) -> str:
+    """How G came about: "the smallest G with AMAD below 0.2"."""
+    partition = run.partition or {}
+    grouping = run.config.get("grouping") or {}
+    if partition.get("method") == "explicit" or grouping.get("partition") is not None:
+        return "the groups were given in the config"
+    if grouping.get("groups") is not None:
+        return "G was fixed in the config"
+    threshold = number(partition.get("threshold"))
+    if math.isfinite(threshold):
+        return f"the smallest G with AMAD below {threshold:g}"
+    return "the file does not say how G was chosen"
+
+
+def definition(reconstruction: Mapping[str, Any], key: str) -> str:
+    """The evaluation's own sentence about a metric, else ours."""
+    return given_definition(reconstruction, key) or METRICS[key].definition
+
+
+def given_definition(reconstruction: Mapping[str, Any], key: str) -> str | None:
+    """The evaluation's own sentence about a metric, if it has one."""
+    definitions = reconstruction.get("definitions")
+    given = definitions.get(key) if isinstance(definitions, Mapping) else None
+    return given if isinstance(given, str) and given else None
+
+
+def layer_range(layers: Sequence[int]) -> str:
+    """[3, 4, 5, 8] as "3–5, 8"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
+def sae_label(name: str) -> str:
+    """"layers-03-06" as "layers 3–6"; a name of another form as it is, shortened."""
+    match = re.fullmatch(r"layers-(\d+)(?:-(\d+))?", name)
+    if match is None:
+        return name if len(name) <= 24 else name[:23] + "…"
+    first, last = int(match[1]), int(match[2] or match[1])
+    return f"layer {first}" if first == last else f"layers {first}–{last}"
+
+
+def si_scale(largest: float) -> tuple[float, str]:
+    """The power of 1000 that brings `largest` to between 1 and 1000, and its SI prefix."""
+    for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if largest >= scale:
+            return scale, prefix
+    return 1.0, ""
+
+
+def si(value: float, unit: str) -> str:
+    """21.2e6 and "FLOP" as "21.2 MFLOP"."""
+    scale, prefix = si_scale(abs(value))
+    return f"{value / scale:.3g} {prefix}{unit}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "48.0 s", "5 min 13 s" or "2 h 05 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

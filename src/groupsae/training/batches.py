@@ -1,0 +1,210 @@
+"""Mixed batches for every SAE at once, from one shared forward of the host model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from groupsae.errors import InputError
+from groupsae.host.model import HostModel
+from groupsae.host.tokens import TokenStream, special_mask
+from groupsae.sae import SAE
+
+
+@dataclass
+class Excluded:
+    """Tokens that were read but not trained on."""
+
+    special: int = 0
+    long: int = 0
+    kept: int = 0
+
+
+@dataclass(frozen=True)
+class NormLimit:
+    """Drop a token whose residual stream is longer than `multiple` mean norms at any layer."""
+
+    multiple: float
+    mean_norm: Mapping[int, float] = field(default_factory=dict)
+
+    def exceeded(self, x: Float[Tensor, "token d_model"], layer: int) -> Bool[Tensor, "token"]:
+        """Which of these residual streams of `layer` are too long."""
+        return x.norm(dim=-1) > self.multiple * self.mean_norm[layer]
+
+
+class MixedBatches:
+    """Hands out one mixed batch per SAE, all from the same tokens.
+
+    For each token and each SAE one member layer is drawn, uniformly (Group-SAE, arXiv 2410.21508,
+    section 3.3), and only that row is kept, normalised by the SAE's affine: the buffer holds
+    d_model numbers per token and SAE whatever the size of the group. A batch takes random rows out
+    of the buffer and the rows of new contexts take their places, so every token is used once and a
+    batch mixes the tokens of many contexts. All SAEs share the draw of rows: the n-th row of the
+    n-th batch is the same token for groups and baseline alike.
+
+    Parameters
+    ----------
+    saes
+        By name; every SAE takes part in every batch.
+    total_tokens
+        Tokens to hand out in all. No more text is read than that takes.
+    batch_tokens, buffer_tokens
+        Size of a batch, and of the buffer that it is drawn from.
+    contexts
+        Contexts in one forward of the host model.
+    special
+        Token ids to leave out.
+    norm_limit
+        Leaves out tokens of extraordinary norm; None keeps them.
+    seed
+        Of the layer draws and of the shuffling.
+    """
+
+    def __init__(
+        self,
+        host: HostModel,
+        stream: TokenStream,
+        saes: Mapping[str, SAE],
+        *,
+        total_tokens: int,
+        batch_tokens: int,
+        buffer_tokens: int,
+        contexts: int,
+        special: Iterable[int] = (),
+        norm_limit: NormLimit | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.host, self.stream, self.saes = host, stream, dict(saes)
+        self.total_tokens, self.batch_tokens = total_tokens, batch_tokens
+        self.buffer_tokens, self.contexts = buffer_tokens, contexts
+        self.special, self.norm_limit = tuple(special), norm_limit
+        self.excluded = Excluded()
+        self.filled = 0
+        self.handed_out = 0
+        rows = buffer_tokens + contexts * stream.context_length
+        self.buffer = torch.zeros(len(self.saes), rows, host.d_model, device=host.device)
+        self.finite = torch.ones(host.n_layers, dtype=torch.bool, device=host.device)
+        self._layer_draws = torch.Generator().manual_seed(2 * seed)
+        self._row_draws = torch.Generator().manual_seed(2 * seed + 1)
+
+    def next(self) -> dict[str, Float[Tensor, "token d_model"]]:
+        """The next mixed batch of normalised activations, by SAE.
+
+        Raises
+        ------
+        EndOfText
+            If the text is used up before the buffer holds a batch.
+        """
+        read = self.handed_out + self.filled
+        while self.filled < self.buffer_tokens and read < self.total_tokens:
+            read += self._read_contexts()
+        rows = torch.randperm(self.filled, generator=self._row_draws)[: self.batch_tokens]
+        rows = rows.to(self.buffer.device)
+        batch = {
+            name: self.buffer[index].index_select(0, rows) for index, name in enumerate(self.saes)
+        }
+        self._close_gaps(rows)
+        self.handed_out += len(rows)
+        return batch
+
+    def check_finite(self) -> None:
+        """Raise if an activation since the start was NaN or infinite."""
+        if not bool(self.finite.all()):
+            layer = int(self.finite.logical_not().nonzero()[0])
+            raise InputError(
+                f"layer {layer} of {self.host.name} gave NaN or infinite activations; the last "
+                "checkpoint is kept. Try host.dtype=float32, and check the model's weights"
+            )
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that determines the batches to come: tensors, and a JSON-able rest."""
+        tensors = {
+            "buffer": self.buffer[:, : self.filled],
+            "layer_draws": self._layer_draws.get_state(),
+            "row_draws": self._row_draws.get_state(),
+        }
+        rest = {
+            "stream": self.stream.state_dict(),
+            "handed_out": self.handed_out,
+            "excluded": vars(self.excluded).copy(),
+        }
+        return tensors, rest
+
+    def load_state(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+        """Continue from what :meth:`state` gave."""
+        self.filled = tensors["buffer"].shape[1]
+        self.buffer[:, : self.filled] = tensors["buffer"].to(self.buffer.device)
+        self._layer_draws.set_state(tensors["layer_draws"])
+        self._row_draws.set_state(tensors["row_draws"])
+        self.stream.load_state_dict(rest["stream"])
+        self.handed_out = rest["handed_out"]
+        self.excluded = Excluded(**rest["excluded"])
+
+    def _read_contexts(self) -> int:
+        """Run the host model on further contexts; returns the number of tokens added."""
+        input_ids = self.stream.next_contexts(self.contexts)
+        kept = (~special_mask(input_ids, self.special)).flatten().nonzero().squeeze(1)
+        too_long = torch.zeros(len(kept), dtype=torch.bool, device=self.host.device)
+        writers: dict[int, list[Callable[[Tensor], None]]] = {}
+        for index, sae in enumerate(self.saes.values()):
+            draw = self._draw_members(len(kept), len(sae.layers))
+            for member, layer in enumerate(sae.layers):
+                tokens = (draw == member).nonzero().squeeze(1)
+                writer = partial(self._write, index, sae, layer, kept[tokens], tokens)
+                writers.setdefault(layer, []).append(writer)
+        positions = kept.to(self.host.device)
+
+        def visit(layer: int, x: Tensor) -> None:
+            x = x.flatten(0, 1)
+            self.finite[layer] &= x.isfinite().all()
+            if self.norm_limit is not None:
+                too_long.logical_or_(self.norm_limit.exceeded(x[positions], layer))
+            for write in writers[layer]:
+                write(x)
+
+        self.host.visit(
+            input_ids.to(self.host.device), {layer: partial(visit, layer) for layer in writers}
+        )
+        added = len(kept)
+        if self.norm_limit is not None:
+            added = self._drop(too_long)
+        self.filled += added
+        self.excluded.special += input_ids.numel() - len(kept)
+        self.excluded.long += len(kept) - added
+        self.excluded.kept += added
+        return added
+
+    def _draw_members(self, tokens: int, members: int) -> Int[Tensor, "token"]:
+        if members == 1:  # no draw: a baseline's tokens must not depend on the groups beside it
+            return torch.zeros(tokens, dtype=torch.long)
+        return torch.randint(members, (tokens,), generator=self._layer_draws)
+
+    def _write(
+        self, index: int, sae: SAE, layer: int, positions: Tensor, rows: Tensor, x: Tensor
+    ) -> None:
+        """Copy the tokens that drew `layer` from a forward's x into the free end of the buffer."""
+        chosen = x.index_select(0, positions.to(x.device))
+        rows = (rows + self.filled).to(x.device)
+        self.buffer[index].index_copy_(0, rows, sae.normalize(chosen, layer))
+
+    def _drop(self, too_long: Bool[Tensor, "token"]) -> int:
+        """Close up the new rows over those that are too long; returns how many stay."""
+        keep = (~too_long).nonzero().squeeze(1)
+        self.buffer[:, self.filled : self.filled + len(keep)] = self.buffer[:, self.filled + keep]
+        return len(keep)
+
+    def _close_gaps(self, taken: Int[Tensor, "token"]) -> None:
+        """Move rows from the filled end into the places of those taken."""
+        left = self.filled - len(taken)
+        is_taken = torch.zeros(self.filled, dtype=torch.bool, device=taken.device)
+        is_taken[taken] = True
+        gaps = is_taken[:left].nonzero().squeeze(1)
+        movers = (~is_taken[left:]).nonzero().squeeze(1) + left
+        self.buffer[:, gaps] = self.buffer[:, movers]
+        self.filled = left

@@ -1,0 +1,119 @@
+"""One SAE while it is trained: its optimiser, its dead latents, its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from groupsae.config import TrainingConfig
+from groupsae.sae import SAE
+from groupsae.sae.kernels import StepResult, step
+
+_ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
+
+
+class Learner:
+    """Trains one SAE by the recipe of Group-SAE v2 (arXiv 2410.21508 v2, appendix).
+
+    A step: loss and gradients; the gradient clipped to norm `gradient_clip`; its component along
+    each decoder row removed; Adam; decoder rows brought back to unit norm. Nothing is read back
+    from the device until :meth:`metrics` is called.
+    """
+
+    def __init__(self, sae: SAE, config: TrainingConfig) -> None:
+        self.sae, self.config = sae, config
+        self.learning_rate = config.rate(sae.config.d_sae)
+        self._parameters = dict(sae.named_parameters())
+        self._adam = torch.optim.Adam(
+            self._parameters.values(),
+            lr=self.learning_rate,
+            betas=config.adam_betas,
+            eps=config.adam_epsilon,
+            fused=True,
+        )
+        self.silent_tokens: Int[Tensor, "d_sae"] = torch.zeros(
+            sae.config.d_sae, dtype=torch.long, device=sae.W_enc.device
+        )
+        self._sums: dict[str, Float[Tensor, ""]] = {}
+        self._steps_summed = 0
+
+    def step(self, x: Float[Tensor, "token d_model"]) -> StepResult:
+        """Move the weights by one mixed batch of normalised activations."""
+        dead = self.silent_tokens >= self.config.dead_after_tokens
+        result = step(
+            self.sae,
+            x,
+            dead=dead if self.config.auxk_weight else None,
+            auxk_weight=self.config.auxk_weight,
+        )
+        for name, parameter in self._parameters.items():
+            parameter.grad = result.gradients[name]
+        gradient_norm = torch.nn.utils.clip_grad_norm_(
+            self._parameters.values(), self.config.gradient_clip
+        )
+        remove_parallel_component(self.sae)
+        self._adam.step()
+        normalize_decoder(self.sae)
+        self.silent_tokens += len(x)
+        self.silent_tokens.masked_fill_(result.fired, 0)
+        self._sum(result, gradient_norm)
+        return result
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the steps since the last call, and the share of dead latents now."""
+        means = {name: float(total) / self._steps_summed for name, total in self._sums.items()}
+        self._sums, self._steps_summed = {}, 0
+        dead = self.silent_tokens >= self.config.dead_after_tokens
+        return {**means, "dead": float(dead.float().mean()), "lr": self.learning_rate}
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that determines the steps to come."""
+        state = {f"weights.{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        for name, parameter in self._parameters.items():
+            for key, tensor in self._adam.state[parameter].items():
+                state[f"adam.{name}.{key}"] = tensor
+        return {**state, "silent_tokens": self.silent_tokens}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what :meth:`state` gave."""
+        self.sae.load_state_dict({name: state[f"weights.{name}"] for name in self.sae.state_dict()})
+        for name, parameter in self._parameters.items():
+            self._adam.state[parameter] = {
+                key: state[f"adam.{name}.{key}"].to(parameter.device).clone()
+                for key in _ADAM_STATE
+                if f"adam.{name}.{key}" in state
+            }
+        self.silent_tokens.copy_(state["silent_tokens"])
+
+    def _sum(self, result: StepResult, gradient_norm: Tensor) -> None:
+        values = {
+            "loss": result.loss,
+            "fvu": result.fvu,
+            "auxk": result.auxk,
+            "l0": result.l0,
+            "gradient_norm": gradient_norm,
+        }
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._steps_summed += 1
+
+
+@torch.no_grad()
+def remove_parallel_component(sae: SAE) -> None:
+    """Remove from the decoder's gradient what would only change its rows' norms.
+
+    Bricken et al. 2023, and Gao et al. 2024 (arXiv 2406.04093), appendix A.
+    """
+    if sae.W_dec.grad is not None:
+        along = (sae.W_dec.grad * sae.W_dec).sum(1, keepdim=True)
+        sae.W_dec.grad -= along * sae.W_dec
+
+
+@torch.no_grad()
+def normalize_decoder(sae: SAE) -> None:
+    """Bring every decoder row back to unit norm."""
+    sae.W_dec.copy_(F.normalize(sae.W_dec, dim=1))

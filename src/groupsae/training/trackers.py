@@ -1,0 +1,90 @@
+"""Where metrics go: always to `metrics.jsonl`, and to an experiment tracker if asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from groupsae.config import Config
+from groupsae.errors import InputError
+
+Record = dict[str, Any]
+
+
+@contextmanager
+def open_tracker(name: str, path: Path, config: Config) -> Iterator[Callable[[Record], None]]:
+    """Yield a function that takes one record of metrics.
+
+    Parameters
+    ----------
+    name
+        "none", "wandb" or "tensorboard".
+    path
+        The JSON lines file that each record is appended to.
+    config
+        Sent to the tracker as the run's settings.
+
+    Raises
+    ------
+    InputError
+        If the tracker's package is not installed.
+    """
+    with path.open("a", encoding="utf-8") as file, _TRACKERS[name](path.parent, config) as send:
+
+        def record(values: Record) -> None:
+            file.write(json.dumps(values) + "\n")
+            file.flush()
+            send(values)
+
+        yield record
+
+
+@contextmanager
+def _none(directory: Path, config: Config) -> Iterator[Callable[[Record], None]]:
+    yield lambda values: None
+
+
+@contextmanager
+def _wandb(directory: Path, config: Config) -> Iterator[Callable[[Record], None]]:
+    try:
+        import wandb
+    except ImportError as error:
+        raise _missing("wandb") from error
+    with wandb.init(
+        project="groupsae", dir=directory, config=config.model_dump(mode="json")
+    ) as session:
+        yield lambda values: session.log(_named(values) | {"tokens": values["tokens"]})
+
+
+@contextmanager
+def _tensorboard(directory: Path, config: Config) -> Iterator[Callable[[Record], None]]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise _missing("tensorboard") from error
+    with SummaryWriter(directory / "tensorboard") as writer:
+
+        def send(values: Record) -> None:
+            for key, value in _named(values).items():
+                writer.add_scalar(key, value, values["step"])
+
+        yield send
+
+
+_TRACKERS = {"none": _none, "wandb": _wandb, "tensorboard": _tensorboard}
+
+
+def _named(values: Record) -> dict[str, float]:
+    """`layers-03-06/fvu` and so on."""
+    skipped = ("step", "tokens", "sae")
+    return {f"{values['sae']}/{key}": value for key, value in values.items() if key not in skipped}
+
+
+def _missing(package: str) -> InputError:
+    return InputError(
+        f"training.tracker: {package} is not installed; `pip install 'groupsae[{package}]'`, or set "
+        "training.tracker=none"
+    )
