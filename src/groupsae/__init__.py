@@ -14,18 +14,18 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from groupsae.config import Config as Config
     from groupsae.errors import InputError as InputError
-    from groupsae.grouping import Distances as Distances
-    from groupsae.grouping import Partition as Partition
-    from groupsae.host import HostModel as HostModel
+    from groupsae.grouping.matrix import Distances as Distances
+    from groupsae.grouping.partition import Partition as Partition
+    from groupsae.host.model import HostModel as HostModel
     from groupsae.run import Run as Run
     from groupsae.sae import SAE as SAE
 
 _HOMES = {
     "Config": "groupsae.config",
-    "Distances": "groupsae.grouping",
-    "HostModel": "groupsae.host",
+    "Distances": "groupsae.grouping.matrix",
+    "HostModel": "groupsae.host.model",
     "InputError": "groupsae.errors",
-    "Partition": "groupsae.grouping",
+    "Partition": "groupsae.grouping.partition",
     "Run": "groupsae.run",
     "SAE": "groupsae.sae",
 }

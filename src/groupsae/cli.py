@@ -17,10 +17,10 @@ from rich.table import Table
 from groupsae import __version__
 from groupsae.config import Config, keys
 from groupsae.errors import InputError
-from groupsae.run import Run, stored_config
+from groupsae.run import Run, grouped, stored_config
 
 if TYPE_CHECKING:
-    from groupsae.grouping import PartitionTable
+    from groupsae.grouping.table import PartitionTable
 
 app = typer.Typer(
     help="Train one sparse autoencoder per group of similar layers of a language model.",
@@ -187,20 +187,10 @@ def _open(inputs: list[str] | None, out_directory: Path | None, redo: bool) -> R
 
 
 def _group_file(config: Config, path: Path, directory: Path | None) -> PartitionTable:
-    from groupsae.grouping import group_layers, load_distances
+    from groupsae.grouping.matrix import load_distances
 
-    matrix = load_distances(path)
-    table = group_layers(
-        matrix,
-        layers=matrix.layers,
-        method=config.grouping.method,
-        threshold=config.grouping.threshold,
-        groups=config.grouping.groups,
-        partition=config.grouping.partition,
-    )
-    if directory is not None:
-        Run(directory, config).adopt(matrix, table)
-    return table
+    distances = load_distances(path)
+    return Run(directory, config).adopt(distances) if directory else grouped(distances, config)
 
 
 def _show_groups(result: PartitionTable) -> None:
@@ -238,11 +228,11 @@ def _show_evaluation(rows: list[dict[str, object]]) -> None:
 
 
 def _show_plan(config: Config) -> None:
-    from groupsae.grouping import CostModel
+    from groupsae.grouping.cost import CostModel
 
     n_layers, d_model = config.host.n_layers, config.host.d_model
     if n_layers is None or d_model is None:
-        from groupsae.host import HostModel
+        from groupsae.host.model import HostModel
 
         host = HostModel.load(config.host.name, revision=config.host.revision)
         n_layers, d_model = host.n_layers, host.d_model
@@ -259,8 +249,8 @@ def _show_plan(config: Config) -> None:
     out.print(
         f"{config.host.name}: {n_layers} layers, d_model = {d_model}, d_sae = {d_sae}, "
         f"{tokens:,} tokens, {config.training.steps:,} steps of {config.training.batch_tokens:,}; "
-        f"host forward A = {cost.forward * tokens / 1e15:,.2f} PFLOP, "
-        f"one SAE T = {cost.sae * tokens / 1e15:,.2f} PFLOP",
+        f"host forward A = {cost.forward_flops * tokens / 1e15:,.2f} PFLOP, "
+        f"one SAE T = {cost.sae_flops * tokens / 1e15:,.2f} PFLOP",
         soft_wrap=True,
         markup=False,
     )

@@ -66,6 +66,7 @@ class TokensConfig(_Section):
         "them or of a saved data set, or a data set on the hub (streamed)",
     )
     split: str = Field("train", description="split of a data set")
+    subset: str | None = Field(None, description="configuration (subset) of a hub data set")
     column: str | None = Field(
         None, description="column of text or token ids; by default text, tokens or input_ids"
     )

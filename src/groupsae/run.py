@@ -22,9 +22,12 @@ from groupsae.config import Config
 from groupsae.errors import InputError
 
 if TYPE_CHECKING:
-    from groupsae.grouping import Distances, PartitionTable
-    from groupsae.host import Corpus, HostModel
-    from groupsae.measurement import Moments
+    from groupsae.grouping.cost import CostModel
+    from groupsae.grouping.distance import Moments
+    from groupsae.grouping.matrix import Distances
+    from groupsae.grouping.table import PartitionTable
+    from groupsae.host.model import HostModel
+    from groupsae.host.tokens import Corpus, TokenStream
     from groupsae.sae import SAE
 
 log = logging.getLogger(__name__)
@@ -44,6 +47,7 @@ _IRRELEVANT = (
     "host.device",
     "host.n_layers",
     "host.d_model",
+    "tokens.on_exhausted",  # what was made before the text ran out stays as it is
     "training.log_every",
     "training.checkpoint_every",
     "training.checkpoints_kept",
@@ -91,6 +95,7 @@ class Run:
 
     def all(self) -> Path:
         """Carry out every stage that is not done yet; returns the report's path."""
+        self.check()
         self.distances()
         self.groups()
         self.train()
@@ -99,7 +104,7 @@ class Run:
 
     def distances(self) -> Distances:
         """Measure how similar the layers are."""
-        from groupsae.grouping import Distances
+        from groupsae.grouping.matrix import Distances
 
         path = self.directory / "distances.json"
         with self._stage("distances", path) as todo:
@@ -109,23 +114,14 @@ class Run:
 
     def groups(self) -> PartitionTable:
         """Put contiguous similar layers into groups."""
-        from groupsae.grouping import PartitionTable, group_layers, load_distances
+        from groupsae.grouping.matrix import load_distances
+        from groupsae.grouping.table import PartitionTable
 
         path = self.directory / "partition.json"
         with self._stage("groups", path) as todo:
             if todo:
-                distances_path = self._need("distances.json", "distances")
-                distances = load_distances(distances_path)
-                table = group_layers(
-                    distances,
-                    layers=distances.layers,
-                    method=self.config.grouping.method,
-                    threshold=self.config.grouping.threshold,
-                    groups=self.config.grouping.groups,
-                    partition=self.config.grouping.partition,
-                    cost=self.cost(),
-                )
-                _write_json(path, table.to_json())
+                distances = load_distances(self._need("distances.json", "distances"))
+                _write_json(path, grouped(distances, self.config, self.cost()).to_json())
         return PartitionTable.from_json(_read_json(path))
 
     def train(self) -> dict[str, SAE]:
@@ -168,6 +164,20 @@ class Run:
                 write_report(self.directory, formats=self.config.report.formats)
         return path
 
+    def check(self) -> None:
+        """Refuse before any work what would fail late: text that will not do for every stage.
+
+        Text that is streamed, and more than ten million tokens of it, is not counted beforehand.
+        """
+        if self.corpus.documents.count is None or self._is_done("evaluate"):
+            return
+        held_out, wanted = self.corpus.held_out(), self.config.evaluation.tokens
+        _require(held_out, wanted, "evaluation.tokens")
+        if not self.corpus.repeat:
+            for key in ("grouping.distance_tokens", "training.tokens"):
+                section, _, name = key.partition(".")
+                _require(self.corpus.train(), getattr(getattr(self.config, section), name), key)
+
     # What a finished run offers.
 
     def saes(self) -> dict[str, SAE]:
@@ -192,7 +202,7 @@ class Run:
     @cached_property
     def host(self) -> HostModel:
         """The host model, loaded when first asked for."""
-        from groupsae.host import HostModel
+        from groupsae.host.model import HostModel
 
         asked = self.config.host
         host = HostModel.load(
@@ -208,7 +218,7 @@ class Run:
     @cached_property
     def corpus(self) -> Corpus:
         """The text, tokenised for the host model."""
-        from groupsae.host import open_corpus
+        from groupsae.host.tokens import open_corpus
 
         tokens = self.config.tokens
         return open_corpus(
@@ -216,6 +226,7 @@ class Run:
             tokenizer=self.host.tokenizer,
             context_length=tokens.context_length,
             split=tokens.split,
+            subset=tokens.subset,
             column=tokens.column,
             revision=tokens.revision,
             held_out=tokens.held_out,
@@ -242,9 +253,9 @@ class Run:
             )
         return tuple(sorted(set(asked)))
 
-    def cost(self) -> Any:
+    def cost(self) -> CostModel:
         """The FLOP cost model of the paper for this host and dictionary."""
-        from groupsae.grouping import CostModel
+        from groupsae.grouping.cost import CostModel
 
         d_model = self.config.host.d_model or self.host.d_model
         return CostModel(
@@ -261,7 +272,7 @@ class Run:
         return self.host.special_token_ids if self.config.tokens.exclude_special else frozenset()
 
     def _measure(self, write_distances: bool) -> Moments:
-        from groupsae.measurement import measure_layers
+        from groupsae.measurement import measure_layers, save_moments
 
         result = measure_layers(
             self.host,
@@ -272,17 +283,17 @@ class Run:
             center=self.config.grouping.center,
             special=self._special,
         )
-        result.moments.save(self.directory / "moments.safetensors")
+        save_moments(result.moments, self.directory / "moments.safetensors")
         if write_distances:
             content = result.distances.to_json() | {"excluded_special_tokens": result.excluded}
             _write_json(self.directory / "distances.json", content)
         return result.moments
 
     def _moments(self) -> Moments:
-        from groupsae.measurement import Moments
+        from groupsae.measurement import load_moments
 
         path = self.directory / "moments.safetensors"
-        moments = Moments.load(path) if path.exists() else None
+        moments = load_moments(path) if path.exists() else None
         if moments is None or moments.layers != self.layers:
             return self._measure(write_distances=False)
         return moments
@@ -290,7 +301,8 @@ class Run:
     def _train(self, summary: Path) -> None:
         import torch
 
-        from groupsae.grouping import PartitionTable
+        from groupsae.grouping.table import PartitionTable
+        from groupsae.measurement import affine
         from groupsae.sae import SAE, directory_name
         from groupsae.sae import SAEConfig as SAEShape
         from groupsae.training.batches import MixedBatches, NormLimit
@@ -307,7 +319,7 @@ class Run:
             members |= {f"baseline/{directory_name([layer])}": (layer,) for layer in self.layers}
 
         def new_sae(name: str, layers: Sequence[int]) -> SAE:
-            mean, scale = moments.affine(layers, self.config.sae.affine)
+            mean, scale = affine(moments, layers, self.config.sae.affine)
             generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed} {name}".encode()))
             shape = SAEShape(
                 d_model=host.d_model,
@@ -355,6 +367,26 @@ class Run:
             },
         )
 
+    def adopt(self, distances: Distances) -> PartitionTable:
+        """Group by distances from elsewhere instead of measuring them here. Needs no host model.
+
+        Costs are predicted where `host.n_layers` and `host.d_model` are declared.
+        """
+        from groupsae.grouping.table import PartitionTable
+
+        with self._stage("distances", self.directory / "distances.json") as todo:
+            if not todo:
+                raise InputError(
+                    f"{self.directory} has measured its own distances; choose another directory"
+                )
+            _write_json(self.directory / "distances.json", distances.to_json())
+        path = self.directory / "partition.json"
+        with self._stage("groups", path):
+            declared = self.config.host.n_layers and self.config.host.d_model
+            cost = self.cost() if declared else None
+            _write_json(path, grouped(distances, self.config, cost).to_json())
+        return PartitionTable.from_json(_read_json(path))
+
     # The directory.
 
     def _need(self, name: str, stage: str) -> Path:
@@ -369,9 +401,7 @@ class Run:
     @contextmanager
     def _stage(self, stage: str, artefact: Path) -> Iterator[bool]:
         """Yield whether `stage` is still to do; note it as done if the block ends well."""
-        done = self._stages()
-        key = _key(self.config, stage)
-        if artefact.exists() and done.get(stage, {}).get("key") == key:
+        if artefact.exists() and self._is_done(stage):
             log.info("%s: already done", stage)
             yield False
             return
@@ -381,11 +411,14 @@ class Run:
         later = STAGES[STAGES.index(stage) + 1 :]
         done = {name: entry for name, entry in self._stages().items() if name not in later}
         done[stage] = {
-            "key": key,
+            "key": _key(self.config, stage),
             "seconds": round(time.monotonic() - began, 1),
             "finished": _now(),
         }
         _write_json(self.directory / "stages.json", done)
+
+    def _is_done(self, stage: str) -> bool:
+        return bool(self._stages().get(stage, {}).get("key") == _key(self.config, stage))
 
     def _stages(self) -> dict[str, Any]:
         path = self.directory / "stages.json"
@@ -429,6 +462,23 @@ class Run:
                 )
         resolved = self.config.model_copy(update={"provenance": known})
         _write_text(self.directory / "config.yaml", resolved.dump())
+
+
+def grouped(
+    distances: Distances, config: Config, cost: CostModel | None = None
+) -> PartitionTable:
+    """The partitions of layers that `config.grouping` asks for."""
+    from groupsae.grouping.table import group_layers
+
+    asked = config.grouping
+    return group_layers(
+        distances,
+        method="explicit" if asked.partition is not None else asked.method,
+        threshold=asked.threshold,
+        groups=asked.groups,
+        partition=asked.partition,
+        cost=cost,
+    )
 
 
 def stored_config(directory: Path) -> Config | None:
@@ -477,6 +527,13 @@ def _differences(stored: Config, asked: Config) -> list[str]:
         for path in now
         if before[path] != now[path] and path not in _IRRELEVANT
     ]
+
+
+def _require(stream: TokenStream, tokens: int, key: str) -> None:
+    try:
+        stream.require(min(tokens, 10_000_000))
+    except InputError as error:
+        raise InputError(f"{key}={tokens}: {error}") from error
 
 
 def _partition_of(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,7 +123,7 @@ def partition_artefact(layers: Sequence[int], matrix: np.ndarray, chosen: int) -
         }
         if len(groups) == 1:
             break
-        merged = [_diameter(matrix, a + b) for a, b in zip(groups, groups[1:], strict=False)]
+        merged = [_diameter(matrix, a + b) for a, b in itertools.pairwise(groups)]
         at = int(np.argmin(merged))
         groups[at : at + 2] = [groups[at] + groups[at + 1]]
     amad = by_groups[str(chosen)]["amad"]

@@ -21,6 +21,10 @@ from groupsae.errors import InputError
 from groupsae.grouping.layers import checked_layers, format_layers
 from groupsae.grouping.matrix import Distances
 
+# How many float64 numbers a chunk of tokens and its products hold: on a CPU few enough for its
+# cache (twice as fast as large ones), elsewhere enough to keep the device busy.
+CHUNK_NUMBERS = {"cpu": 2**19, "cuda": 2**24}
+
 
 class AngularDistances:
     """Mean angular distance between every two layers, with its standard error.
@@ -240,12 +244,9 @@ def _pairwise_angles(
 def _chunks(
     streams: Float[Tensor, "layer token d_model"],
 ) -> Iterator[Float64[Tensor, "token layer d_model"]]:
-    """The streams in float64, few tokens at a time, so that memory stays bounded.
-
-    On a CPU the chunks are small enough for its cache (twice as fast as large ones).
-    """
+    """The streams in float64, few tokens at a time, so that memory stays bounded."""
     n_layers, n_tokens, d_model = streams.shape
-    numbers = 2**24 if streams.device.type == "cuda" else 2**19
+    numbers = CHUNK_NUMBERS.get(streams.device.type, CHUNK_NUMBERS["cpu"])
     size = max(1, numbers // (n_layers * (n_layers + d_model)))
     for start in range(0, n_tokens, size):
         chunk = streams[:, start : start + size].to(_home(streams))

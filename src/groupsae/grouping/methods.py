@@ -7,11 +7,11 @@ cuts, and `even` is the control that looks at no distance.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float64
 
-from groupsae.errors import InputError
 from groupsae.grouping.layers import checked_layers
 from groupsae.grouping.matrix import Distances
 from groupsae.grouping.partition import Partition, interval_diameters
@@ -118,7 +118,7 @@ def _merges(distances: Distances) -> list[tuple[int, float]]:
     spans = [(i, i) for i in range(len(diameter))]
     merges = []
     while len(spans) > 1:
-        heights = [diameter[low[0], high[1]] for low, high in zip(spans, spans[1:], strict=False)]
+        heights = [diameter[low[0], high[1]] for low, high in pairwise(spans)]
         lower = int(np.argmin(heights))
         spans[lower : lower + 2] = [(spans[lower][0], spans[lower + 1][1])]
         merges.append((lower, float(heights[lower])))
@@ -131,7 +131,7 @@ def _singletons(distances: Distances) -> Partition:
 
 def _best_cuts(
     weight: Float64[np.ndarray, "cut cut"], most_groups: int, combine: np.ufunc
-) -> tuple[Float64[np.ndarray, "groups"], np.ndarray[tuple[int, int], np.dtype[np.intp]]]:
+) -> tuple[Float64[np.ndarray, " groups"], np.ndarray[tuple[int, int], np.dtype[np.intp]]]:
     """Shortest paths from cut 0 to the last cut in exactly 1, 2, ... steps.
 
     Args:

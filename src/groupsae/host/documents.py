@@ -12,11 +12,11 @@ import hashlib
 import logging
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -49,8 +49,8 @@ class Position(NamedTuple):
     """A place in a source's order; JSON keeps it as a list."""
 
     epoch: int
-    index: int
-    """Of the document, in this epoch's order."""
+    document: int
+    """Its number in this epoch's order."""
     bookmark: dict[str, Any] | None = None
     """What a stream needs to find its place again without reading up to it."""
 
@@ -62,6 +62,7 @@ class Document(NamedTuple):
     content: str | np.ndarray | None
 
 
+@runtime_checkable
 class Documents(Protocol):
     """A corpus as documents."""
 
@@ -129,17 +130,15 @@ class _Indexed:
 
     def read(self, start: Position) -> Iterator[Document]:
         order = np.random.default_rng([self._seed, start.epoch]).permutation(len(self._rows))
-        for first in range(start.index, len(order), _BLOCK):
+        for first in range(start.document, len(order), _BLOCK):
             contents = self._read_rows(order[first : first + _BLOCK])
             for index, content in enumerate(contents, start=first):
                 yield Document(Position(start.epoch, index), content)
 
     def identity(self) -> str:
         sample = np.unique(np.linspace(0, len(self._rows) - 1, 64).astype(int))
-        digest = hashlib.blake2b(f"{self._column} {len(self._rows)}".encode(), digest_size=8)
-        for content in self._read_rows(sample) if len(self._rows) else []:
-            digest.update(b"\0" + _bytes(content))
-        return digest.hexdigest()
+        contents = self._read_rows(sample) if len(self._rows) else []
+        return f"{self._column} {len(self._rows)} {_digest(contents)}"
 
     def _read_rows(self, rows: np.ndarray) -> list[str | np.ndarray | None]:
         with _explained(self._source):
@@ -172,15 +171,17 @@ class _Streamed:
             self._stream = datasets.load_dataset(
                 name, subset, split=split, revision=revision, streaming=True
             )
-            columns = self._stream.column_names or next(iter(copy.deepcopy(self._stream)), {})
-        self._column = _column(name, list(columns), column)
+            columns = self._stream.column_names
+            if columns is None:  # known only from the rows
+                columns = list(next(iter(copy.deepcopy(self._stream)), {}))
+        self._column = _column(name, columns, column)
 
     def read(self, start: Position) -> Iterator[Document]:
         stream = copy.deepcopy(self._stream)  # each reader keeps its own place
         if start.bookmark is not None:
             stream.load_state_dict(copy.deepcopy(start.bookmark))
         rows = iter(stream)
-        block, first = divmod(start.index, _BLOCK)
+        block, first = divmod(start.document, _BLOCK)
         while True:
             bookmark = copy.deepcopy(stream.state_dict())
             with _explained(self._name):
@@ -212,7 +213,7 @@ class _Bundled:
     def read(self, start: Position) -> Iterator[Document]:
         from groupsae.host.bundled import english
 
-        first = start.index
+        first = start.document
         while True:
             documents = english.documents(first, first + _BLOCK, seed=self._seed)
             for index, document in enumerate(documents, start=first):
@@ -220,7 +221,8 @@ class _Bundled:
             first += _BLOCK
 
     def identity(self) -> str:
-        return BUNDLED
+        sample = (document.content for document in islice(self.read(Position(0, 0)), 8))
+        return f"{BUNDLED} {_digest(sample)}"
 
 
 def _load(path: Path, split: str, subset: str | None) -> Any:
@@ -254,7 +256,11 @@ def _load(path: Path, split: str, subset: str | None) -> Any:
             return datasets.Dataset.from_generator(
                 _text_documents,
                 features=datasets.Features({"text": datasets.Value("string")}),
-                gen_kwargs={"files": [_Stamped.of(file) for file in files]},
+                gen_kwargs={
+                    "files": [_Stamped.of(file) for file in files],
+                    "piece": _PIECE,
+                    "longest_piece": _LONGEST_PIECE,
+                },
             )
         return datasets.load_dataset(
             builder_name, data_files=[str(file) for file in files], split="train"
@@ -285,8 +291,11 @@ def _file_type(file: Path) -> str:
 
 
 def _is_path(source: str | Path) -> bool:
-    return isinstance(source, Path) or source.startswith((".", "/", "~")) or "\\" in source or any(
-        source.lower().endswith(suffix) for suffix in _BUILDERS
+    return (
+        isinstance(source, Path)
+        or source.startswith((".", "/", "~"))
+        or "\\" in source
+        or any(source.lower().endswith(suffix) for suffix in _BUILDERS)
     )
 
 
@@ -303,12 +312,18 @@ class _Stamped(NamedTuple):
         return cls(str(file.absolute()), status.st_size, status.st_mtime_ns)
 
 
-def _text_documents(files: list[_Stamped]) -> Iterator[dict[str, str]]:
+def _text_documents(
+    files: list[_Stamped], piece: int, longest_piece: int
+) -> Iterator[dict[str, str]]:
     for path, _, _ in files:
-        pieces = _between_markers if _has_markers(Path(path)) else _paragraphs
-        for piece in pieces(Path(path)):
-            if piece.strip():
-                yield {"text": piece.strip()}
+        file = Path(path)
+        for text in (
+            _between_markers(file)
+            if _has_markers(file)
+            else _paragraphs(file, piece, longest_piece)
+        ):
+            if text.strip():
+                yield {"text": text.strip()}
 
 
 def _has_markers(file: Path) -> bool:
@@ -328,14 +343,14 @@ def _between_markers(file: Path) -> Iterator[str]:
     yield "".join(lines)
 
 
-def _paragraphs(file: Path) -> Iterator[str]:
+def _paragraphs(file: Path, piece: int, longest_piece: int) -> Iterator[str]:
     lines: list[str] = []
     length = 0
     with file.open(encoding="utf-8-sig") as opened:
-        while line := opened.readline(_LONGEST_PIECE):
+        while line := opened.readline(longest_piece):
             lines.append(line)
             length += len(line)
-            if length >= (_LONGEST_PIECE if line.strip() else _PIECE):
+            if length >= (longest_piece if line.strip() else piece):
                 yield "".join(lines)
                 lines, length = [], 0
     yield "".join(lines)
@@ -383,11 +398,18 @@ def _content(value: Any, row: int, column: str, source: str | Path) -> str | np.
     )
 
 
-def _bytes(content: str | np.ndarray | None) -> bytes:
+def content_bytes(content: str | np.ndarray | None) -> bytes:
     """What makes two documents the same: their text but for outer white space, or their ids."""
     if content is None:
         return b""
     return content.strip().encode() if isinstance(content, str) else content.tobytes()
+
+
+def _digest(contents: Iterable[str | np.ndarray | None]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for content in contents:
+        digest.update(b"\0" + content_bytes(content))
+    return digest.hexdigest()
 
 
 @contextmanager

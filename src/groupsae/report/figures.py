@@ -3,16 +3,17 @@
 One hue stands for group SAEs in all of them, light for shallow groups and dark for deep ones; grey
 stands for one SAE per layer. Both survive the common colour-vision deficiencies and greyscale.
 Every function returns a `matplotlib.figure.Figure` that no global state knows; write it with
-:func:`save`, which embeds the fonts and gives the same bytes for the same figure.
+:func:`encode`, which embeds the fonts and gives the same bytes for the same figure.
 """
 
 from __future__ import annotations
 
 import functools
+import io
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ParamSpec
 
 import numpy as np
@@ -29,7 +30,12 @@ from groupsae.errors import InputError
 from groupsae.report.metrics import METRICS, LayerComparison, compare, number
 from groupsae.report.wording import chosen_groups, sae_label, si_scale
 
-FORMATS = ("pdf", "png", "svg")
+# No times of writing, so that the same figure gives the same bytes.
+_METADATA: dict[str, dict[str, None]] = {
+    "pdf": {"CreationDate": None},
+    "png": {},
+    "svg": {"Date": None},
+}
 
 COLUMN, PAGE = 3.2, 6.4  # inches: one column, and the full width, of a two-column paper
 MOST_PRINTED = 16  # layers up to which the heat map prints its values
@@ -159,7 +165,7 @@ def distance_heatmap(
             )
     bar = figure.colorbar(mesh, ax=axes, shrink=0.75, aspect=24, pad=0.03)
     bar.set_label("Angular distance")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return figure
 
 
@@ -199,8 +205,8 @@ def dendrogram(distances: Mapping[str, Any], partition: Mapping[str, Any] | None
             solid_joinstyle="miter",
         )
     if partition is not None:
-        for group, colour in zip(groups, colours, strict=True):
-            members = [layers.index(layer) for layer in group if layer in layers]
+        for shared, colour in zip(groups, colours, strict=True):
+            members = [layers.index(layer) for layer in shared if layer in layers]
             if members:
                 axes.add_patch(
                     Rectangle(
@@ -431,18 +437,14 @@ def latent_density(rows: Sequence[Mapping[str, Any]], chosen: int | None = None)
     return figure
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write `figure`, in the format of the name's ending; the same figure gives the same bytes."""
-    form = path.suffix.removeprefix(".")
-    metadata = {
-        "pdf": {"CreationDate": None},
-        "svg": {"Date": None},
-        "png": {},
-    }
-    if form not in metadata:
-        raise InputError(f"figures cannot be written as {form!r}; choose of {', '.join(FORMATS)}")
+def encode(figure: Figure, form: str) -> bytes:
+    """`figure` as a PDF, PNG or SVG file; the same figure gives the same bytes."""
+    if form not in _METADATA:
+        raise InputError(f"figures cannot be written as {form!r}; choose of {', '.join(_METADATA)}")
+    buffer = io.BytesIO()
     with rc_context(_STYLE):
-        figure.savefig(path, format=form, dpi=300, metadata=metadata[form])
+        figure.savefig(buffer, format=form, dpi=300, metadata=_METADATA[form])
+    return buffer.getvalue()
 
 
 def group_colours(n_groups: int) -> list[str]:
@@ -468,9 +470,7 @@ def _per_layer_panel(axes: Axes, comparisons: Sequence[LayerComparison], key: st
     layers = [comparison.layer for comparison in comparisons]
     values = np.array([comparison.values(key) for comparison in comparisons]).reshape(-1, 3)
     at = np.arange(len(layers))
-    starts = [
-        i for i, c in enumerate(comparisons) if i == 0 or c.group != comparisons[i - 1].group
-    ]
+    starts = [i for i, c in enumerate(comparisons) if i == 0 or c.group != comparisons[i - 1].group]
     spans = list(zip(starts, [*starts[1:], len(layers)], strict=True))
     for index, (start, stop) in enumerate(spans):
         axes.axvspan(
@@ -515,7 +515,7 @@ def _matrix(distances: Mapping[str, Any]) -> Floats:
 
 
 def _linkage(matrix: Floats, partition: Mapping[str, Any] | None) -> Floats:
-    """scipy's linkage matrix, from the partition or made anew; left children are the shallower."""
+    """Scipy's linkage matrix, from the partition or made anew; left children are the shallower."""
     given = (partition or {}).get("linkage")
     n_layers = len(matrix)
     links = np.array(given, dtype=np.float64) if given else _contiguous_linkage(matrix)
@@ -535,11 +535,11 @@ def _contiguous_linkage(matrix: Floats) -> Floats:
     """Join the two neighbours whose union has the smallest largest distance, until one is left."""
     n_layers = len(matrix)
     runs = [(at, at, at + 1) for at in range(n_layers)]  # node, first layer, one past the last
-    links = []
+    links: list[list[float]] = []
     while len(runs) > 1:
         heights = [
             float(np.nanmax(matrix[a[1] : b[2], a[1] : b[2]], initial=0))
-            for a, b in zip(runs, runs[1:], strict=False)
+            for a, b in itertools.pairwise(runs)
         ]
         at = int(np.argmin(heights))
         (left, start, _), (right, _, stop) = runs[at], runs[at + 1]
@@ -592,8 +592,7 @@ def _layer_ticks(
 
 def _log_axis(axes: Axes) -> None:
     """A log scale with plain numbers, where there is something positive to show."""
-    lines = axes.get_lines()
-    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in lines] or [[]])
+    values = np.concatenate([np.ravel(line.get_ydata()) for line in axes.get_lines()])
     positive = values[np.isfinite(values) & (values > 0)]
     if positive.size == 0:
         return

@@ -63,23 +63,26 @@ def _of_distances(run: Run, distances: Mapping[str, Any]) -> list[Illustration]:
     errors = [number(entry) for row in distances.get("standard_error") or [] for entry in row]
     largest_error = max((error for error in errors if math.isfinite(error)), default=math.nan)
     tokens = number(distances.get("tokens"))
-    centred = {
-        True: "each layer's mean was subtracted first",
-        False: "no mean was subtracted",
-    }.get(distances.get("center"), "the file does not say whether means were subtracted")
+    if distances.get("center") is None:
+        centred = "the file does not say whether means were subtracted"
+    else:
+        centred = (
+            "each layer's mean was subtracted first"
+            if distances["center"]
+            else "no mean was subtracted"
+        )
     heatmap = Illustration(
         name="distance_heatmap",
         title="Angular distance between layers",
         draw=lambda: figures.distance_heatmap(distances, partition),
         alt=f"Heat map of the angular distances between the {len(layers)} layers "
-        f"{layer_range(layers)}."
-        + (f" Outlined groups: {'; '.join(groups)}." if groups else ""),
+        f"{layer_range(layers)}." + (f" Outlined groups: {'; '.join(groups)}." if groups else ""),
         caption="Each cell compares the residual streams of two layers; pale is similar."
         + (" Blue squares are the chosen groups." if groups else ""),
         definitions=(
             (
                 "Angular distance",
-                "mean over tokens of arccos(cosine of the two residual streams) / π: 0 for the "
+                "Mean over tokens of arccos(cosine of the two residual streams) / π: 0 for the "
                 f"same direction, 0.5 for orthogonal, 1 for opposite; {centred}"
                 + (f"; {tokens:,.0f} tokens" if math.isfinite(tokens) else "")
                 + (
@@ -110,7 +113,7 @@ def _of_distances(run: Run, distances: Mapping[str, Any]) -> list[Illustration]:
         definitions=(
             (
                 "Height of a join",
-                "the largest angular distance between two layers inside the group that the join "
+                "The largest angular distance between two layers inside the group that the join "
                 "makes. Only neighbouring groups join, the pair with the lowest join first.",
             ),
         ),
@@ -131,7 +134,7 @@ def _of_partition(run: Run, partition: Mapping[str, Any]) -> Illustration:
         definitions=(
             (
                 "AMAD(G)",
-                "average maximum angular distance: the mean over the G groups of the largest "
+                "Average maximum angular distance: the mean over the G groups of the largest "
                 "distance between two layers of the group. A group of one layer counts 0.",
             ),
             (
@@ -147,7 +150,11 @@ def _of_partition(run: Run, partition: Mapping[str, Any]) -> Illustration:
 def _of_training(run: Run) -> Illustration:
     baseline = any(str(line["sae"]).startswith("baseline/") for line in run.metrics)
     dead_after = number((run.config.get("training") or {}).get("dead_after_tokens"))
-    silent = f"{dead_after:,.0f}" if math.isfinite(dead_after) else "a set number of"
+    silent = (
+        f"for the last {dead_after:,.0f} tokens"
+        if math.isfinite(dead_after)
+        else "for longer than the config allows"
+    )
     return Illustration(
         name="training_curves",
         title="Training",
@@ -159,11 +166,11 @@ def _of_training(run: Run) -> Illustration:
         definitions=(
             (
                 "FVU",
-                "fraction of variance unexplained in a training batch: sum of squared errors over "
+                "Fraction of variance unexplained in a training batch: sum of squared errors over "
                 "sum of squares about the batch mean. A group's batch mixes its member layers, one "
                 "drawn for each token.",
             ),
-            ("Dead latents", f"latents that were silent for the last {silent} tokens."),
+            ("Dead latents", f"Share of the latents that were silent {silent}."),
         ),
     )
 
@@ -201,7 +208,7 @@ def _of_reconstruction(run: Run, reconstruction: Mapping[str, Any]) -> list[Illu
                     (
                         "Latent density",
                         given_definition(reconstruction, "latent_density")
-                        or "share of the evaluated tokens of the layer on which a latent is "
+                        or "Share of the evaluated tokens of the layer on which a latent is "
                         "active; log10, so −2 is one token in a hundred.",
                     ),
                 ),

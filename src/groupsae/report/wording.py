@@ -56,7 +56,7 @@ def layer_range(layers: Sequence[int]) -> str:
 
 
 def sae_label(name: str) -> str:
-    """"layers-03-06" as "layers 3–6"; a name of another form as it is, shortened."""
+    """An SAE's name for a legend: "layers-03-06" as "layers 3–6", another name cut short."""
     match = re.fullmatch(r"layers-(\d+)(?:-(\d+))?", name)
     if match is None:
         return name if len(name) <= 24 else name[:23] + "…"

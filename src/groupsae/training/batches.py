@@ -101,9 +101,11 @@ class MixedBatches:
         EndOfText
             If the text is used up before the buffer holds a batch.
         """
-        read = self.handed_out + self.filled
-        while self.filled < self.buffer_tokens and read < self.total_tokens:
-            read += self._read_contexts()
+        while self.filled < self.buffer_tokens:
+            missing = self.total_tokens - self.handed_out - self.filled
+            if missing <= 0:
+                break
+            self._read_contexts(min(self.contexts, -(-missing // self.stream.context_length)))
         rows = torch.randperm(self.filled, generator=self._row_draws)[: self.batch_tokens]
         rows = rows.to(self.buffer.device)
         batch = {
@@ -146,9 +148,9 @@ class MixedBatches:
         self.handed_out = rest["handed_out"]
         self.excluded = Excluded(**rest["excluded"])
 
-    def _read_contexts(self) -> int:
-        """Run the host model on further contexts; returns the number of tokens added."""
-        input_ids = self.stream.next_contexts(self.contexts)
+    def _read_contexts(self, contexts: int) -> None:
+        """Run the host model on further contexts and add their tokens to the buffer."""
+        input_ids = self.stream.next_contexts(contexts)
         kept = (~special_mask(input_ids, self.special)).flatten().nonzero().squeeze(1)
         too_long = torch.zeros(len(kept), dtype=torch.bool, device=self.host.device)
         writers: dict[int, list[Callable[[Tensor], None]]] = {}
@@ -168,9 +170,7 @@ class MixedBatches:
             for write in writers[layer]:
                 write(x)
 
-        self.host.visit(
-            input_ids.to(self.host.device), {layer: partial(visit, layer) for layer in writers}
-        )
+        self.host.visit(input_ids, {layer: partial(visit, layer) for layer in writers})
         added = len(kept)
         if self.norm_limit is not None:
             added = self._drop(too_long)
@@ -178,7 +178,6 @@ class MixedBatches:
         self.excluded.special += input_ids.numel() - len(kept)
         self.excluded.long += len(kept) - added
         self.excluded.kept += added
-        return added
 
     def _draw_members(self, tokens: int, members: int) -> Int[Tensor, "token"]:
         if members == 1:  # no draw: a baseline's tokens must not depend on the groups beside it

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from groupsae.config import TrainingConfig
+from groupsae.host.tokens import EndOfText
 from groupsae.progress import progress
 from groupsae.training.batches import MixedBatches
 from groupsae.training.checkpoint import Checkpoints
@@ -39,7 +40,12 @@ def train(
     with progress(f"train {len(learners)} SAEs", total) as bar:
         bar.skip(start * config.batch_tokens)
         for step in range(start + 1, config.steps + 1):
-            for name, x in batches.next().items():
+            try:
+                mixed = batches.next()
+            except EndOfText:
+                checkpoints.save(step - 1, time.monotonic() - began, learners, batches)
+                raise
+            for name, x in mixed.items():
                 learners[name].step(x)
 
             note = ""

@@ -1,0 +1,501 @@
+"""Text becomes contexts: documents are tokenised, joined and packed; the place can be saved."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from groupsae.errors import InputError
+from groupsae.host.documents import Document, Documents, Position, content_bytes, open_documents
+
+_log = logging.getLogger(__name__)
+
+Part = Literal["train", "held_out"]
+
+
+def open_corpus(
+    source: str | Path,
+    *,
+    tokenizer: Tokenizer | None,
+    context_length: int,
+    split: str = "train",
+    subset: str | None = None,
+    column: str | None = None,
+    revision: str | None = None,
+    held_out: float = 0.05,
+    seed: int = 0,
+    on_exhausted: Literal["error", "repeat"] = "error",
+    prepend_bos: bool | None = None,
+    vocab_size: int | None = None,
+    model_context_length: int | None = None,
+) -> Corpus:
+    """Open text or token ids as contexts of a fixed length.
+
+    Args:
+        source: "bundled", a file, a folder or the name of a hub data set; what is read of them,
+            and how `split`, `subset`, `column` and `revision` choose among it, is told at
+            :func:`groupsae.host.documents.open_documents`.
+        tokenizer: the host model's. None is enough for documents of token ids, which are then
+            joined as they are.
+        context_length: tokens per context, BOS included.
+        split: of the source, not to be confused with the held-out part.
+        subset: of a hub data set (its configuration).
+        column: of text or of token ids.
+        revision: of a hub data set.
+        held_out: share of the documents that `train()` never gives and `held_out()` gives alone.
+            A hash of the document's content and `seed` decides, so copies stay on one side.
+        seed: of the order of the documents, of the held-out part, and of the bundled text.
+        on_exhausted: when the text is used up, raise EndOfText or begin again in a new order.
+        prepend_bos: whether contexts and documents begin with BOS; by default if the tokenizer
+            itself puts it before a text.
+        vocab_size: token ids must be smaller (rows of the host model's embedding).
+        model_context_length: the longest context of the host model; None for no limit.
+
+    Raises:
+        InputError: nothing readable, no such split or column, no documents, a context that does
+            not fit the model, a text without a tokenizer.
+    """
+    if context_length < 2:
+        raise InputError(f"tokens.context_length={context_length}: a context has at least 2 tokens")
+    if model_context_length is not None and context_length > model_context_length:
+        raise InputError(
+            f"tokens.context_length={context_length} is longer than the model's context of "
+            f"{model_context_length} tokens. Set it to {model_context_length} or less."
+        )
+    if not 0 <= held_out < 1:
+        raise InputError(
+            f"tokens.held_out={held_out} is the share of documents kept from training: "
+            "at least 0 and less than 1"
+        )
+    if seed < 0:
+        raise InputError(f"tokens.seed={seed} is to be 0 or more")
+    documents = open_documents(
+        source, split=split, subset=subset, column=column, revision=revision, seed=seed
+    )
+    return Corpus(
+        source=str(source),
+        split=split,
+        documents=documents,
+        tokenizer=tokenizer,
+        joints=_joints(tokenizer, prepend_bos),
+        context_length=context_length,
+        held_out_share=held_out,
+        seed=seed,
+        repeat=on_exhausted == "repeat",
+        vocab_size=vocab_size,
+    )
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents, and how they become contexts; made by :func:`open_corpus`."""
+
+    source: str
+    split: str
+    documents: Documents
+    tokenizer: Tokenizer | None
+    joints: Joints
+    context_length: int
+    held_out_share: float
+    seed: int
+    repeat: bool
+    vocab_size: int | None
+
+    def train(self) -> TokenStream:
+        """A new stream of the documents that are not held out, from the beginning.
+
+        Raises:
+            InputError: they do not fill one context.
+        """
+        return self._stream("train")
+
+    def held_out(self) -> TokenStream:
+        """A new stream of the held-out documents, from the beginning.
+
+        Raises:
+            InputError: they do not fill one context.
+        """
+        if self.held_out_share == 0:
+            raise InputError(
+                "tokens.held_out=0 keeps no documents from training, and held-out tokens are asked "
+                "for. Set it to 0.05, say."
+            )
+        return self._stream("held_out")
+
+    def describe(self) -> dict[str, Any]:
+        """What is read and how, for the record; fit for JSON."""
+        return {
+            "source": self.source,
+            "split": self.split,
+            "documents": self.documents.count,
+            "context_length": self.context_length,
+            "held_out": self.held_out_share,
+            "seed": self.seed,
+            "bos": self.joints.bos,
+            "eos": self.joints.eos,
+        }
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What its contexts depend on besides the place in it; fit for JSON."""
+        return {
+            "documents": self.documents.identity(),
+            "held_out": self.held_out_share,
+            "seed": self.seed,
+            "context_length": self.context_length,
+            "joints": list(self.joints),
+            "tokenizer": _tokenizer_identity(self.tokenizer),
+        }
+
+    def _stream(self, part: Part) -> TokenStream:
+        stream = TokenStream(self, part)
+        stream.require(self.context_length)
+        return stream
+
+
+class Joints(NamedTuple):
+    """The ids around each document; None where nothing is put there."""
+
+    bos: int | None
+    """Begins every document and every context."""
+    eos: int | None
+    """Ends every document."""
+
+
+class TokenStream:
+    """Packed contexts of one part of a corpus, in a fixed shuffled order.
+
+    Documents become `[BOS] ids [EOS]`, one after another, and that run of tokens is cut into
+    contexts: without padding, and with nothing left out, since the next context (in the next epoch
+    too) goes on where the last one ended. Every context begins with BOS where the model wants it:
+    where the run has none at that place, one is put there.
+    """
+
+    def __init__(self, corpus: Corpus, part: Part) -> None:
+        self.corpus = corpus
+        self.part = part
+        self.context_length = corpus.context_length
+        self.tokens_seen = 0
+        self._identity = {**corpus.identity, "part": part}
+        self._cursor = _Cursor(Position(epoch=0, document=0), offset=0)
+        self._rewind()
+
+    @property
+    def epoch(self) -> int:
+        """How many times the text had been used up when the last context was given."""
+        return self._cursor.position.epoch
+
+    def next_contexts(self, n: int) -> Int[Tensor, "n context"]:
+        """The next `n` contexts of token ids, int64 on the CPU.
+
+        Raises:
+            EndOfText: fewer are left, and the corpus is not to be repeated. Nothing is consumed.
+            InputError: a document is not readable, or a token id is not in the vocabulary.
+        """
+        contexts, used = self._look_ahead(n, repeat=self.corpus.repeat)
+        if len(contexts) < n:
+            raise self._end_of_text(n, len(contexts))
+        self._consume(used)
+        self.tokens_seen += contexts.size
+        return torch.from_numpy(contexts)
+
+    def require(self, tokens: int) -> None:
+        """Check, without consuming anything, that this epoch still holds so many tokens.
+
+        Reads that far ahead: meant for one context or one batch.
+
+        Raises:
+            InputError: it does not, whether or not the corpus is to be repeated.
+        """
+        n = -(-tokens // self.context_length)
+        contexts, _ = self._look_ahead(n, repeat=False)
+        if len(contexts) < n:
+            raise self._too_short(n, len(contexts))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor, fit for JSON: from it, any process gives the same next contexts."""
+        return {
+            "position": list(self._cursor.position),
+            "offset": self._cursor.offset,
+            "tokens_seen": self.tokens_seen,
+            "corpus": self._identity,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to where `state_dict` was taken.
+
+        Raises:
+            InputError: it was taken from another corpus, or another way of reading it.
+        """
+        here, there = self._identity, state["corpus"]
+        differing = [
+            f"{key} (there {there.get(key)!r}, here {value!r})"
+            for key, value in here.items()
+            if there.get(key) != value
+        ]
+        if differing:
+            raise InputError(
+                f"The saved place in tokens.source={self.corpus.source!r} belongs to another "
+                f"corpus: {', '.join(differing)} differ. Go on with the corpus and the settings it "
+                "was saved with, or start a new run."
+            )
+        self._cursor = _Cursor(Position(*state["position"]), int(state["offset"]))
+        self.tokens_seen = int(state["tokens_seen"])
+        self._rewind()
+
+    def _rewind(self) -> None:
+        """Forget what was read ahead and read again from the cursor."""
+        self._pending = np.zeros(0, np.int64)
+        self._spans: deque[_Span] = deque()  # which document each pending token comes from
+        self._reading = self._documents(self._cursor.position)
+        self._reading_epoch = self._cursor.position.epoch
+        self._skip = self._cursor.offset
+
+    def _look_ahead(self, n: int, repeat: bool) -> tuple[np.ndarray, int]:
+        """Up to `n` contexts from the pending tokens, after reading what they need, if it is there.
+
+        Returns them and the number of tokens of the run that they use.
+        """
+        read = [self._pending]
+        missing = n * self.context_length - len(self._pending)
+        while missing > 0 and (tokens := self._read(repeat)) is not None:
+            read.append(tokens)
+            missing -= len(tokens)
+        self._pending = np.concatenate(read) if len(read) > 1 else self._pending
+        return pack(self._pending, n, self.context_length, self.corpus.joints.bos)
+
+    def _consume(self, used: int) -> None:
+        self._pending = self._pending[used:]
+        while used:
+            span = self._spans.popleft()
+            taken = min(used, span.stop - span.start)
+            self._cursor = _Cursor(span.position, span.start + taken)
+            if self._cursor.offset < span.stop:
+                self._spans.appendleft(span._replace(start=self._cursor.offset))
+            used -= taken
+
+    def _read(self, repeat: bool) -> np.ndarray | None:
+        """The tokens of the next few documents; None at the end of the text."""
+        batch = _batch(self._reading)
+        if not batch:
+            if not repeat:
+                return None
+            self._next_epoch()
+            return np.zeros(0, np.int64)
+        tokenised = self._tokenise(batch)
+        for document, ids in zip(batch, tokenised, strict=True):
+            self._spans.append(_Span(document.position, start=0, stop=len(ids)))
+        if self._skip:  # the first document after a restored cursor was used up to here
+            tokenised[0] = tokenised[0][self._skip :]
+            self._spans[0] = self._spans[0]._replace(start=self._skip)
+            self._skip = 0
+        return np.concatenate(tokenised)
+
+    def _next_epoch(self) -> None:
+        self._reading_epoch += 1
+        if self._reading_epoch == 1:
+            _log.warning(
+                "The text of %s (%s) is used up: it is read again, each time in a new order.",
+                self.corpus.source,
+                _NAMES[self.part],
+            )
+        self._reading = self._documents(Position(self._reading_epoch, 0))
+
+    def _documents(self, start: Position) -> Iterator[Document]:
+        """The documents of this part that hold anything."""
+        corpus = self.corpus
+        for document in corpus.documents.read(start):
+            content = content_bytes(document.content)
+            if content:
+                held_out = _is_held_out(content, corpus.seed, corpus.held_out_share)
+                if held_out == (self.part == "held_out"):
+                    yield document
+
+    def _tokenise(self, batch: list[Document]) -> list[np.ndarray]:
+        corpus = self.corpus
+        bos, eos = corpus.joints
+        before = [] if bos is None else [bos]
+        after = [] if eos is None else [eos]
+        tokenised = []
+        for ids in _token_ids(corpus, batch):
+            if isinstance(ids, np.ndarray):  # came as ids, perhaps with joints of their own
+                ids = ids[1:] if bos is not None and ids[0] == bos else ids
+                ids = ids[:-1] if eos is not None and ids.size and ids[-1] == eos else ids
+            tokenised.append(np.concatenate([before, ids, after]).astype(np.int64))
+        _check_vocabulary(corpus, tokenised)
+        return tokenised
+
+    def _end_of_text(self, asked: int, left: int) -> EndOfText:
+        length = self.context_length
+        held = self.tokens_seen // length + left
+        wanted = self.tokens_seen // length + asked
+        return EndOfText(
+            f"The text of tokens.source={self.corpus.source!r} ({_NAMES[self.part]}) is used up: "
+            f"it holds {held:,} contexts of {length} tokens ({held * length:,} tokens), and "
+            f"{wanted:,} ({wanted * length:,} tokens) are asked for. Give more text, set "
+            "tokens.on_exhausted=repeat to read it again in a new order, or ask for fewer tokens.",
+            contexts_left=left,
+        )
+
+    def _too_short(self, needed: int, found: int) -> InputError:
+        length, text = self.context_length, f"{_NAMES[self.part]} of {self.corpus.source!r}"
+        holds = f"fills {found:,} contexts of {length} tokens" if len(self._pending) else "is empty"
+        verb = "raise" if self.part == "held_out" else "lower"
+        return InputError(
+            f"tokens.source: the {text} {holds}, and {needed:,} contexts ({needed * length:,} "
+            "tokens) are needed at once. Give more text, shorten tokens.context_length, make the "
+            f"batch smaller, or {verb} tokens.held_out={self.corpus.held_out_share}."
+        )
+
+
+class EndOfText(InputError):  # noqa: N818, the name is what happened
+    """The corpus is used up; `contexts_left` are there still, for who is content with them."""
+
+    def __init__(self, message: str, contexts_left: int) -> None:
+        super().__init__(message)
+        self.contexts_left = contexts_left
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What is needed of a Hugging Face tokenizer."""
+
+    @property
+    def bos_token_id(self) -> int | None: ...
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+    def get_vocab(self) -> dict[str, int]: ...
+
+    def __call__(self, text: Any, **options: Any) -> Any: ...
+
+
+def special_mask(
+    input_ids: Int[Tensor, "batch context"], special_token_ids: Collection[int]
+) -> Bool[Tensor, "batch context"]:
+    """True where a token is special, so that training and metrics can leave it out."""
+    special = torch.tensor(sorted(special_token_ids), dtype=torch.int64, device=input_ids.device)
+    return torch.isin(input_ids, special)
+
+
+def pack(
+    tokens: np.ndarray, n: int, context_length: int, bos: int | None
+) -> tuple[np.ndarray, int]:
+    """Cut a run of tokens into contexts, each beginning with `bos` if that is given.
+
+    Returns at most `n` contexts, (contexts, context_length), and how many tokens they use.
+    """
+    contexts = np.empty((n, context_length), np.int64)
+    used = 0
+    for filled, context in enumerate(contexts):
+        room = context
+        if bos is not None and not (used < len(tokens) and tokens[used] == bos):
+            context[0], room = bos, context[1:]
+        if len(tokens) - used < len(room):
+            return contexts[:filled], used
+        room[:] = tokens[used : used + len(room)]
+        used += len(room)
+    return contexts, used
+
+
+_NAMES = {"train": "training part", "held_out": "held-out part"}
+_DOCUMENTS_PER_BATCH = 256
+_CHARACTERS_PER_BATCH = 1_000_000  # a batch also ends here, for corpora of books
+
+
+class _Cursor(NamedTuple):
+    """The document of the last token that was given, and how many of its tokens were."""
+
+    position: Position
+    offset: int
+
+
+class _Span(NamedTuple):
+    """Tokens start:stop of the document at `position`."""
+
+    position: Position
+    start: int
+    stop: int
+
+
+def _batch(documents: Iterator[Document]) -> list[Document]:
+    batch: list[Document] = []
+    size = 0
+    for document in islice(documents, _DOCUMENTS_PER_BATCH):
+        batch.append(document)
+        size += len(document.content) if document.content is not None else 0
+        if size >= _CHARACTERS_PER_BATCH:
+            break
+    return batch
+
+
+def _is_held_out(content: bytes, seed: int, share: float) -> bool:
+    digest = hashlib.blake2b(content, digest_size=8, key=str(seed).encode()).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
+
+
+def _token_ids(corpus: Corpus, batch: list[Document]) -> list[Any]:
+    """The ids of each document: a list where they come from text, an array where they were ids."""
+    contents = [document.content for document in batch]
+    texts = [content for content in contents if isinstance(content, str)]
+    if texts and corpus.tokenizer is None:
+        raise InputError(
+            f"tokens.source={corpus.source!r} holds text, and the model has no tokenizer. Put the "
+            "model's tokenizer beside its weights, or give a source of token ids."
+        )
+    of_texts: Iterator[list[int]] = iter(())
+    if texts and corpus.tokenizer is not None:
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        of_texts = iter(corpus.tokenizer(texts, **options)["input_ids"])
+    return [next(of_texts) if isinstance(content, str) else content for content in contents]
+
+
+def _check_vocabulary(corpus: Corpus, tokenised: list[np.ndarray]) -> None:
+    smallest = min(int(ids.min(initial=0)) for ids in tokenised)
+    largest = max(int(ids.max(initial=0)) for ids in tokenised)
+    limit = corpus.vocab_size
+    if smallest < 0 or (limit is not None and largest >= limit):
+        wrong = smallest if smallest < 0 else largest
+        raise InputError(
+            f"tokens.source={corpus.source!r} gives the token id {wrong}, and the model's "
+            f"vocabulary is 0 to {'...' if limit is None else limit - 1}. The text was tokenised "
+            "for another model: use this model's own tokenizer, or a source of text."
+        )
+
+
+def _joints(tokenizer: Tokenizer | None, prepend_bos: bool | None) -> Joints:
+    if tokenizer is None:
+        if prepend_bos:
+            raise InputError("tokens.prepend_bos=true: without a tokenizer, BOS is not known")
+        return Joints(None, None)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if prepend_bos is None:
+        prepend_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    if prepend_bos:
+        if bos is None:
+            raise InputError(
+                "tokens.prepend_bos=true: the model's tokenizer has no BOS token. Set it to false."
+            )
+        return Joints(bos, None if eos == bos else eos)  # one token is joint enough
+    return Joints(None, bos if eos is None else eos)
+
+
+def _tokenizer_identity(tokenizer: Tokenizer | None) -> str | None:
+    if tokenizer is None:
+        return None
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+    return hashlib.blake2b(vocabulary, digest_size=8).hexdigest()
