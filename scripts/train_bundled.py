@@ -9,6 +9,7 @@ and prompts that were never trained on, and writes model, tokenizer, log and car
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import time
@@ -80,6 +81,7 @@ def main() -> None:
         "options": {k: v for k, v in vars(options).items() if k != "out"},
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": len(tokenizer),
+        "text_sha256": text_digest(),
         "minutes": round((time.monotonic() - start) / 60),
         "curve": curve,
         "after_rounding": final,
@@ -212,14 +214,83 @@ def rounded(figures: dict[str, Any]) -> dict[str, Any]:
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
 
 
+def text_digest(documents: int = 1000) -> str:
+    """What tells whether the generator still writes the text that a model was trained on."""
+    return hashlib.sha256("\n".join(texts(0, documents, TEXT_SEED)).encode()).hexdigest()
+
+
 def card(log: dict[str, Any]) -> str:
-    return json.dumps(log)
+    """The model card, from the training log."""
+    options, final = log["options"], log["after_rounding"]
+    shown = log["curve"][:: max(1, len(log["curve"]) // 12)]
+    if shown[-1] is not log["curve"][-1]:
+        shown.append(log["curve"][-1])
+    columns = ("tokens", "train_loss", "held_out_loss", *TASKS)
+    curve = "\n".join(
+        "| "
+        + " | ".join(f"{point[c]:,}" if c == "tokens" else f"{point[c]:.3f}" for c in columns)
+        + " |"
+        for point in shown
+    )
+    by_case = "\n".join(
+        f"| {task} | {case} | {value:.4f} |"
+        for task in TASKS
+        for case, value in final[task].items()
+    )
+    return f"""---
+license: mit
+language: en
+library_name: transformers
+---
+
+# The bundled host model
+
+A small language model to try groupsae on, offline. It knows only the English of
+`groupsae.host.bundled` (short stories, chronicles, descriptions), and it solves there the three
+tasks of the Group-SAE paper: indirect object identification, Greater-Than, and subject-verb
+agreement. It is of no use as a language model for anything else.
+
+- Architecture: GPT-NeoX as in Pythia (parallel residual, rotary over a quarter of each head, untied
+  embeddings), {options["layers"]} layers, d_model {options["d_model"]}, {options["heads"]} heads, context {options["context"]}, {log["parameters"]:,} parameters.
+- Tokenizer: byte-level BPE, {log["vocabulary"]:,} entries; every word of the text is one token, a year two
+  (" 17", "32"). Any text round-trips. `<|endoftext|>` (id 0) separates documents; no BOS is needed.
+- Weights: float16 in the file, float32 when loaded.
+- Licence: MIT, text and weights.
+
+## Training
+
+{options["tokens"]:,} tokens of generated text (seed {TEXT_SEED}, documents 0 and on, none twice) in contexts of
+{options["context"]} packed without padding; {options["batch"]} contexts a step, AdamW (0.9, 0.95), weight decay 0.1 on matrices,
+peak learning rate {options["lr"]}, warm-up over 4% of the steps, cosine to zero, gradient norm clipped to 1;
+{log["minutes"]} minutes on {options["threads"]} CPU cores. To reproduce, from the repository's root:
+
+    python scripts/train_bundled.py --tokens {options["tokens"]}
+
+Loss is in nats per token; held-out text is of seed {HELD_OUT_SEED}. Tasks are on 200 held-out prompts here.
+
+| tokens | loss, training | loss, held out | ioi | greater_than | subject_verb |
+| ---: | ---: | ---: | ---: | ---: | ---: |
+{curve}
+
+## Measured after rounding to float16
+
+Held-out loss **{final["held_out_loss"]:.4f}** nats per token. On 2,000 prompts per task, of combinations (pairs of names, events
+with their first year, subjects with the word beside them) that the training text never holds:
+
+| task | case | accuracy |
+| --- | --- | ---: |
+{by_case}
+
+An answer is right where the logit of the right one exceeds that of the wrong one; in Greater-Than,
+where the likeliest token of all is a later year. "later minus earlier" is no accuracy but the mean
+probability of later years less that of the others.
+"""
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=MODEL, help="folder to write")
-    parser.add_argument("--tokens", type=int, default=18_000_000)
+    parser.add_argument("--tokens", type=int, default=14_000_000)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--d-model", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from random import Random
 
 import pytest
+
+from groupsae.host.model import HostModel
+from groupsae.host.tokens import Corpus, open_corpus
+from tests.host.tiny_models import tiny_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -19,3 +25,22 @@ def shared() -> Path:
     if not (_SHARED / "models" / "stories3M").is_dir():
         pytest.skip("no folder ../shared with models/stories3M beside this checkout")
     return _SHARED
+
+
+@pytest.fixture(scope="session")
+def host() -> HostModel:
+    """A random-weight GPT-NeoX of three layers, d_model 32, a vocabulary of 96 and no tokenizer."""
+    return HostModel(tiny_model("gpt_neox"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """4,000 documents of 5 to 40 random token ids; 0 is special. Contexts of 16 tokens."""
+    random = Random(0)
+    path = tmp_path_factory.mktemp("corpus") / "ids.jsonl"
+    documents = (
+        [0, *(random.randrange(2, 96) for _ in range(random.randrange(4, 40)))]
+        for _ in range(4000)
+    )
+    path.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in documents))
+    return open_corpus(path, tokenizer=None, context_length=16, held_out=0.2)

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -144,8 +144,8 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         _fail(
-            f"{error.filename or 'a file'} cannot be written: {os.strerror(error.errno)}; mend that "
-            "and give the same command again: what is finished is kept",
+            f"{error.filename or 'a file'} cannot be written: {os.strerror(error.errno)}; "
+            "mend that and give the same command again: what is finished is kept",
             2,
         )
     except Exception as error:
@@ -204,26 +204,31 @@ def _show_groups(result: PartitionTable) -> None:
             _number(entry.amad),
             _number(entry.largest_diameter),
             "–" if entry.flops_per_token is None else f"{entry.flops_per_token:.3g}",
-            style="bold green" if G == result.chosen else "",
+            style="bold green" if result.chosen == G else "",
         )
     out.print(table)
 
 
-def _show_evaluation(rows: list[dict[str, object]]) -> None:
-    by_layer: dict[int, dict[str, dict[str, float]]] = {}
-    for row in rows:
-        by_layer.setdefault(row["layer"], {})[str(row["partition"])] = row  # type: ignore[call-overload, assignment]
-    table = Table(title="Held-out text: groups | baseline, at equal tokens per SAE")
-    columns = {"CELS": "ce_loss_score", "R²": "r2", "L2": "l2", "L0": "l0", "dead": "dead"}
+def _show_evaluation(rows: list[dict[str, Any]]) -> None:
+    """Group and baseline side by side, layer by layer, with their means."""
+    columns = {"CELS": "ce_loss_score", "R²": "r2", "L2": "l2", "L0": "l0"}
+    partitions = [name for name in ("groups", "baseline") if name in {r["partition"] for r in rows}]
+    table = Table(title="Held-out text, at equal training tokens per SAE")
     table.add_column("layer", justify="right")
     for column in columns:
-        table.add_column(column, justify="right")
-    for layer, found in sorted(by_layer.items()):
-        cells = (
-            " | ".join(_number(found[which][key]) for which in ("groups", "baseline") if which in found)
-            for key in columns.values()
-        )
-        table.add_row(str(layer), *cells)
+        for partition in partitions:
+            table.add_column(f"{column}\n{partition}", justify="right")
+    found = {(row["layer"], row["partition"]): row for row in rows}
+    layers = sorted({row["layer"] for row in rows})
+    wanted = [(key, partition) for key in columns.values() for partition in partitions]
+    for layer in layers:
+        cells = (f"{found[layer, partition][key]:.4g}" for key, partition in wanted)
+        table.add_row(str(layer), *cells, end_section=layer == layers[-1])
+    means = (
+        f"{sum(found[layer, partition][key] for layer in layers) / len(layers):.4g}"
+        for key, partition in wanted
+    )
+    table.add_row("mean", *means, style="bold")
     out.print(table)
 
 

@@ -241,10 +241,8 @@ class Config(_Section):
     def load(cls, path: Path | str | None = None, overrides: Iterable[str] = ()) -> Config:
         """Read a YAML file (the defaults where None) and apply `key.path=value` overrides.
 
-        Raises
-        ------
-        InputError
-            Naming the key, the value, and what is allowed or the nearest valid name.
+        Raises:
+            InputError: Naming the key, the value, and what is allowed or the nearest valid name.
         """
         values = {} if path is None else _read_yaml(Path(path))
         for override in overrides:
@@ -299,7 +297,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise InputError(f"config file {path} holds a {type(values).__name__}, not sections of keys")
+        raise InputError(
+            f"config file {path} holds a {type(values).__name__}, not sections of keys"
+        )
     return values
 
 
@@ -319,7 +319,8 @@ def _unknown_keys(
     for name, value in values.items():
         field = section.model_fields.get(str(name))
         if field is None:
-            yield f"{prefix}{name} = {value!r}: there is no such key{_suggestion(prefix, str(name))}"
+            suggestion = _suggestion(prefix, str(name))
+            yield f"{prefix}{name} = {value!r}: there is no such key{suggestion}"
         elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             if isinstance(value, Mapping):
                 yield from _unknown_keys(field.annotation, value, f"{prefix}{name}.")

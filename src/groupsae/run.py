@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import platform
 import shutil
 import time
@@ -36,7 +35,13 @@ STAGES = ("distances", "groups", "train", "evaluate", "report")
 
 # What each stage depends on, besides the stages before it: whole sections or single keys.
 _DEPENDS = {
-    "distances": ("host", "tokens", "grouping.layers", "grouping.distance_tokens", "grouping.center"),
+    "distances": (
+        "host",
+        "tokens",
+        "grouping.layers",
+        "grouping.distance_tokens",
+        "grouping.center",
+    ),
     "groups": ("grouping", "sae.expansion", "sae.d_sae"),
     "train": ("sae", "training"),
     "evaluate": ("evaluation",),
@@ -66,19 +71,15 @@ class Run:
     >>> run.all()                                # doctest: +SKIP
     >>> run.sae(3).encode(x, layer=3)            # doctest: +SKIP
 
-    Parameters
-    ----------
-    directory
-        Made where it is missing.
-    config
-        By default the directory's own, or the defaults in a new one.
-    redo
-        Where the directory holds stages of another config: repeat these, and those after them.
+    Args:
+        directory: Made where it is missing.
+        config: By default the directory's own, or the defaults in a new one.
+        redo: Where the directory holds stages of another config: repeat these, and those after
+            them.
 
-    Raises
-    ------
-    InputError
-        If the directory holds something else, or stages of another config and not `redo`.
+    Raises:
+        InputError: If the directory holds something else, or stages of another config and not
+            `redo`.
     """
 
     def __init__(
@@ -211,7 +212,9 @@ class Run:
         for key in ("n_layers", "d_model"):
             declared, actual = getattr(asked, key), getattr(host, key)
             if declared not in (None, actual):
-                raise InputError(f"host.{key}: {declared} is declared, but {asked.name} has {actual}")
+                raise InputError(
+                    f"host.{key}: {declared} is declared, but {asked.name} has {actual}"
+                )
         self._note_provenance(host_fingerprint=host.fingerprint())
         return host
 
@@ -248,8 +251,8 @@ class Run:
         wrong = [layer for layer in asked if not 0 <= layer < n_layers]
         if wrong or not asked:
             raise InputError(
-                f"grouping.layers: {wrong or 'an empty list'} does not fit {self.config.host.name}, "
-                f"whose layers are 0 to {n_layers - 1}"
+                f"grouping.layers: {wrong or 'an empty list'} does not fit "
+                f"{self.config.host.name}, whose layers are 0 to {n_layers - 1}"
             )
         return tuple(sorted(set(asked)))
 
@@ -464,9 +467,7 @@ class Run:
         _write_text(self.directory / "config.yaml", resolved.dump())
 
 
-def grouped(
-    distances: Distances, config: Config, cost: CostModel | None = None
-) -> PartitionTable:
+def grouped(distances: Distances, config: Config, cost: CostModel | None = None) -> PartitionTable:
     """The partitions of layers that `config.grouping` asks for."""
     from groupsae.grouping.table import group_layers
 
@@ -484,10 +485,8 @@ def grouped(
 def stored_config(directory: Path) -> Config | None:
     """The config of a run directory; None where there is no run yet.
 
-    Raises
-    ------
-    InputError
-        If the path is a file, or a folder of something else.
+    Raises:
+        InputError: If the path is a file, or a folder of something else.
     """
     path = directory / "config.yaml"
     if path.exists():
@@ -564,7 +563,7 @@ def _write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.tmp")
     aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    aside.replace(path)
 
 
 def _now() -> str:

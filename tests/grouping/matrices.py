@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 from hypothesis import strategies as st
 
-from groupsae.grouping.matrix import Distances
 from groupsae.grouping.partition import Partition
 
 
-def arbitrary(n_layers: int, seed: int, values: int | None = None) -> Distances:
+def arbitrary(n_layers: int, seed: int, values: int | None = None) -> np.ndarray:
     """Symmetric with no other structure; of few distinct values (many ties) if asked."""
     generator = np.random.default_rng(seed)
     if values is None:
         entries = generator.uniform(0.01, 1, (n_layers, n_layers))
     else:
         entries = generator.integers(1, values + 1, (n_layers, n_layers)) / values
-    return Distances.from_matrix(np.tril(entries, -1))
+    lower = np.tril(entries, -1)
+    return lower + lower.T
 
 
-def robinson(n_layers: int, seed: int) -> Distances:
+def robinson(n_layers: int, seed: int) -> np.ndarray:
     """No ties, and growing strictly away from the diagonal, as between layers of real models."""
     generator = np.random.default_rng(seed)
     matrix = np.zeros((n_layers, n_layers))
@@ -30,21 +30,24 @@ def robinson(n_layers: int, seed: int) -> Distances:
         for i in range(n_layers - width):
             inner = max(matrix[i, i + width - 1], matrix[i + 1, i + width])
             matrix[i, i + width] = matrix[i + width, i] = inner + generator.uniform(0.001, 1)
-    return Distances.from_matrix(matrix / max(1.0, matrix.max()))
+    return matrix / max(1.0, matrix.max())
 
 
 def partitions_into(layers: tuple[int, ...], G: int) -> Iterator[Partition]:
     """Every contiguous partition into G groups."""
     for cuts in combinations(range(1, len(layers)), G - 1):
         bounds = (0, *cuts, len(layers))
-        yield Partition(
-            layers, tuple(layers[i:j] for i, j in zip(bounds, bounds[1:], strict=False))
-        )
+        yield Partition(layers, tuple(layers[i:j] for i, j in pairwise(bounds)))
 
 
 seeds = st.integers(0, 2**32 - 1)
-any_distances = st.one_of(
-    st.builds(arbitrary, st.integers(1, 9), seeds),
-    st.builds(arbitrary, st.integers(1, 9), seeds, st.integers(1, 3)),
-    st.builds(robinson, st.integers(1, 9), seeds),
-)
+
+
+def any_matrix(least_layers: int = 1) -> st.SearchStrategy[np.ndarray]:
+    """Distances of every kind between few layers."""
+    n_layers = st.integers(least_layers, 8)
+    return st.one_of(
+        st.builds(arbitrary, n_layers, seeds),
+        st.builds(arbitrary, n_layers, seeds, st.integers(1, 3)),
+        st.builds(robinson, n_layers, seeds),
+    )

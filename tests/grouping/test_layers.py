@@ -10,7 +10,7 @@ from groupsae.grouping.layers import checked_layers, format_layers
 
 
 def test_numbers_of_any_integer_type_become_plain_integers() -> None:
-    layers = checked_layers(np.array([0, 2, 5]))
+    layers = checked_layers(list(np.array([0, 2, 5])))
     assert layers == (0, 2, 5)
     assert all(type(layer) is int for layer in layers)
 

@@ -14,7 +14,7 @@ from groupsae.errors import InputError
 from groupsae.grouping.matrix import Distances
 from groupsae.grouping.methods import complete_linkage, even, linkage_matrix, optimal
 from groupsae.grouping.partition import Partition, largest_diameter, mean_diameter
-from tests.grouping.matrices import any_distances, arbitrary, partitions_into, robinson, seeds
+from tests.grouping.matrices import any_matrix, arbitrary, partitions_into, robinson, seeds
 
 
 def test_linkage_merges_by_the_largest_distance_between_neighbours() -> None:
@@ -47,9 +47,10 @@ def test_of_equal_merges_the_lowest_comes_first() -> None:
     assert [partitions[G].groups[0] for G in (4, 3, 2)] == [(0, 1), (0, 1, 2), (0, 1, 2, 3)]
 
 
-@given(any_distances)
-def test_each_merge_is_the_best_that_there_is(distances: Distances) -> None:
+@given(any_matrix())
+def test_each_merge_is_the_best_that_there_is(matrix: np.ndarray) -> None:
     """Complete linkage by its definition, with every distance looked at again."""
+    distances = Distances.from_matrix(matrix)
     partitions = complete_linkage(distances)
     assert list(partitions) == list(range(1, len(distances.layers) + 1))
     assert partitions[len(distances.layers)].groups == tuple((p,) for p in distances.layers)
@@ -64,9 +65,10 @@ def test_each_merge_is_the_best_that_there_is(distances: Distances) -> None:
         assert after == (*before[:lowest], merged, *before[lowest + 2 :])
 
 
-@given(any_distances)
-def test_heights_are_diameters_and_never_fall(distances: Distances) -> None:
+@given(any_matrix())
+def test_heights_are_diameters_and_never_fall(matrix: np.ndarray) -> None:
     """Also under contiguity, on any matrix: linkages without this property draw no dendrogram."""
+    distances = Distances.from_matrix(matrix)
     rows = linkage_matrix(distances)
     members = [(layer,) for layer in distances.layers]
     for lower, upper, height, size in rows:
@@ -81,8 +83,9 @@ def test_heights_are_diameters_and_never_fall(distances: Distances) -> None:
         )
 
 
-@given(any_distances.filter(lambda distances: len(distances.layers) > 1))
-def test_scipy_draws_the_hierarchy_in_the_order_of_the_layers(distances: Distances) -> None:
+@given(any_matrix(2))
+def test_scipy_draws_the_hierarchy_in_the_order_of_the_layers(matrix: np.ndarray) -> None:
+    distances = Distances.from_matrix(matrix)
     rows = linkage_matrix(distances)
     assert hierarchy.is_valid_linkage(rows)
     assert hierarchy.is_monotonic(rows)
@@ -93,7 +96,7 @@ def test_scipy_draws_the_hierarchy_in_the_order_of_the_layers(distances: Distanc
 @settings(max_examples=50)
 def test_linkage_agrees_with_scipy_where_contiguity_costs_nothing(n_layers: int, seed: int) -> None:
     """Where distances grow away from the diagonal the nearest group is always a neighbour."""
-    distances = robinson(n_layers, seed)
+    distances = Distances.from_matrix(robinson(n_layers, seed))
     reference = hierarchy.linkage(squareform(distances.matrix), "complete")
     np.testing.assert_array_equal(linkage_matrix(distances)[:, 2:], reference[:, 2:])
     for G, partition in complete_linkage(distances).items():
@@ -104,21 +107,22 @@ def test_linkage_agrees_with_scipy_where_contiguity_costs_nothing(n_layers: int,
 @pytest.mark.parametrize("seed", range(5))
 def test_linkage_agrees_with_scikit_learn_where_contiguity_costs_nothing(seed: int) -> None:
     """Without `connectivity`, under which scikit-learn forgets distances between far groups."""
-    distances = robinson(11, seed)
+    distances = Distances.from_matrix(robinson(11, seed))
     for G, partition in complete_linkage(distances).items():
         model = AgglomerativeClustering(n_clusters=G, metric="precomputed", linkage="complete")
         assert partition == _from_labels(model.fit_predict(distances.matrix))
 
 
 def test_groups_do_not_depend_on_the_scale_of_the_distances() -> None:
-    distances = arbitrary(10, seed=0)
+    distances = Distances.from_matrix(arbitrary(10, seed=0))
     scaled = Distances(distances.layers, distances.matrix**2)
     assert complete_linkage(scaled) == complete_linkage(distances)
 
 
-@given(any_distances)
+@given(any_matrix())
 @settings(max_examples=60, deadline=None)
-def test_optimal_beats_every_contiguous_partition(distances: Distances) -> None:
+def test_optimal_beats_every_contiguous_partition(matrix: np.ndarray) -> None:
+    distances = Distances.from_matrix(matrix)
     partitions = optimal(distances)
     assert list(partitions) == list(range(1, len(distances.layers) + 1))
     for G, best in partitions.items():
@@ -135,8 +139,9 @@ def test_optimal_beats_every_contiguous_partition(distances: Distances) -> None:
         assert mean_diameter(distances, best) == pytest.approx(smallest_mean, rel=1e-12)
 
 
-def test_optimal_against_brute_force_with_ten_layers() -> None:
-    distances = arbitrary(10, seed=1)
+@pytest.mark.parametrize("values", [None, 2, 4])
+def test_optimal_against_brute_force_with_ten_layers(values: int | None) -> None:
+    distances = Distances.from_matrix(arbitrary(10, seed=1, values=values))
     for G, best in optimal(distances).items():
         objectives = [
             (largest_diameter(distances, other), mean_diameter(distances, other))
@@ -173,7 +178,7 @@ def test_optimal_breaks_ties_by_the_mean_over_layers() -> None:
 
 
 def test_layers_keep_their_numbers() -> None:
-    distances = Distances.from_matrix(robinson(4, 0).matrix, [1, 3, 5, 7])
+    distances = Distances.from_matrix(robinson(4, 0), [1, 3, 5, 7])
     for partitions in (complete_linkage(distances), optimal(distances), even(distances.layers)):
         for G, partition in partitions.items():
             assert (partition.layers, partition.G) == ((1, 3, 5, 7), G)

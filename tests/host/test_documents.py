@@ -30,7 +30,10 @@ def _lines(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def _contents(documents: Documents, start: Position = Position(0, 0)) -> list[Any]:
+START = Position(epoch=0, document=0)
+
+
+def _contents(documents: Documents, start: Position = START) -> list[Any]:
     return [
         content.tolist() if isinstance(content := document.content, np.ndarray) else content
         for document in documents.read(start)
@@ -90,7 +93,18 @@ class TestEverySource:
         whole = list(documents.read(Position(1, 0)))
         for index in (0, 1, 999, 1000, 1700, 2499):
             position = Position(*json.loads(json.dumps(whole[index].position)))
-            assert list(islice(documents.read(position), 1200)) == whole[index : index + 1200]
+            again = list(islice(documents.read(position), 1200))
+            assert [d.content for d in again] == [d.content for d in whole[index : index + 1200]]
+
+    def test_can_be_entered_again_and_again(self, documents: Documents) -> None:
+        whole = _contents(documents)
+        position, read = Position(0, 0), []
+        while read != whole:
+            # the first is the last that was read already
+            for document in islice(documents.read(position), 1 if read else 0, 700):
+                read.append(document.content)
+                position = Position(*json.loads(json.dumps(document.position)))
+            assert read == whole[: len(read)]
 
 
 def test_order_depends_on_the_seed(tmp_path: Path) -> None:
@@ -104,9 +118,33 @@ def test_readers_of_a_stream_do_not_disturb_one_another(
     rows = [{"text": story} for story in STORIES]
     documents = open_documents(_on_the_hub(monkeypatch, "someone/stories", tmp_path, rows))
     expected = _contents(documents)
-    one, other = documents.read(Position(0, 0)), documents.read(Position(0, 0))
+    one, other = documents.read(START), documents.read(START)
     got = [(next(one).content, next(other).content) for _ in STORIES]
     assert [a for a, _ in got] == [b for _, b in got] == expected
+
+
+def test_stream_finds_its_place_though_datasets_should_lose_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = _on_the_hub(
+        monkeypatch, "someone/stories", tmp_path, [{"text": story} for story in STORIES]
+    )
+    documents = open_documents(name)
+    whole = list(documents.read(START))
+    monkeypatch.setattr(datasets.IterableDataset, "load_state_dict", lambda *_: None)
+    again = documents.read(whole[1500].position)
+    assert [d.content for d in again] == [d.content for d in whole[1500:]]
+
+
+def test_stream_that_has_changed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": story} for story in STORIES]
+    name = _on_the_hub(monkeypatch, "someone/stories", tmp_path, rows)
+    position = list(open_documents(name).read(START))[1500].position
+    _on_the_hub(monkeypatch, name, tmp_path, rows[::-1])
+    with pytest.raises(InputError, match=r"'someone/stories' is not the data set.*revision"):
+        next(iter(open_documents(name).read(position)))
 
 
 def test_stream_asks_the_hub_for_what_was_named(
@@ -180,14 +218,10 @@ class TestColumns:
     def test_a_bad_row_of_a_stream_is_named(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        rows = [{"text": story} for story in STORIES[:1100]] + [{"text": 7}]
         stream = datasets.Dataset.from_list([{"text": 7}])
-        monkeypatch.setattr(
-            datasets, "load_dataset", lambda *_, **__: stream.to_iterable_dataset()
-        )
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream.to_iterable_dataset())
         with pytest.raises(InputError, match=r"row 0.*'someone/numbers'.*7 \(int\)"):
             _contents(open_documents("someone/numbers"))
-        assert rows
 
     def test_rows_without_a_value_are_no_documents(self, tmp_path: Path) -> None:
         file = _lines(tmp_path / "a.jsonl", [{"text": "a"}, {"text": None}])

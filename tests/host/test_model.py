@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -67,12 +66,13 @@ def test_nothing_after_the_last_asked_layer_is_computed(
     model = tiny_model(architecture)
     host = HostModel(model)
     where = ARCHITECTURES[architecture]
+    head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
     with _counting_calls(model) as calls:
         host.residual_streams(random_ids(), layers)
     for layer in range(N_LAYERS):
         assert calls[f"{where.blocks}.{layer}"] == (1 if layer <= max(layers) else 0)
     assert calls[where.final_norm] == 0
-    assert calls[where.head] == 0
+    assert calls[head] == 0
     assert not any(
         name.startswith(f"{where.blocks}.{layer}.")
         for name in calls
@@ -81,7 +81,7 @@ def test_nothing_after_the_last_asked_layer_is_computed(
 
     with _counting_calls(model) as calls:  # the counter does see the norm and the head
         host.logits(random_ids())
-    assert calls[where.final_norm] == calls[where.head] == 1
+    assert calls[where.final_norm] == calls[head] == 1
 
 
 def test_only_the_asked_layers_are_given_once_each(host: HostModel) -> None:
@@ -167,10 +167,8 @@ def test_splicing_zeros_is_a_block_that_returns_zeros(architecture: str, layer: 
     ids = random_ids()
     with host.splice({layer: torch.zeros_like}):
         spliced = host.logits(ids)
-        hidden = _hidden_states(model, ids)
+        assert not host.residual_streams(ids, [layer])[layer].any()
     assert not torch.equal(spliced, host.logits(ids))
-    if layer < LAST:
-        assert not hidden[layer + 1].any()
     block = model.get_submodule(f"{ARCHITECTURES[architecture].blocks}.{layer}")
     block.forward = _zeros_from(block.forward)
     torch.testing.assert_close(spliced, host.logits(ids), rtol=0, atol=0)
@@ -270,7 +268,7 @@ def test_blocks_that_return_a_tuple_or_a_list_are_read_and_spliced(architecture:
     with host.splice({0: lambda x: x.clone()}):
         assert torch.equal(host.logits(ids), clean)
     with host.splice({0: torch.zeros_like}):
-        assert not model(ids, output_hidden_states=True).hidden_states[1].any()
+        assert not host.residual_streams(ids, [0])[0].any()
         assert not torch.equal(host.logits(ids), clean)
 
 
@@ -442,23 +440,18 @@ def test_the_fingerprint_follows_the_weights_and_the_config(tmp_path: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def stories(shared: Path) -> tuple[HostModel, list[Tensor]]:
-    """The model of children's stories, and every 20th story of its validation text."""
-    host = HostModel.load(shared / "models" / "stories3M")
+def stories(shared: Path) -> tuple[HostModel, list[str]]:
+    """A model of children's stories, and its validation text of 900 stories."""
     lines = (shared / "text" / "tinystories" / "valid.jsonl").read_text("utf-8").splitlines()
-    texts = [json.loads(line)["text"] for line in lines[::20]]
-    return host, [torch.tensor([host.tokenizer(t)["input_ids"][:512]]) for t in texts]
+    texts = [json.loads(line)["text"] for line in lines]
+    return HostModel.load(shared / "models" / "stories3M", device="cpu"), texts
 
 
 @pytest.mark.shared
-def test_a_real_model_is_described(stories: tuple[HostModel, list[Tensor]]) -> None:
+def test_a_real_model_is_described(stories: tuple[HostModel, list[str]]) -> None:
     host, _ = stories
-    assert (host.n_layers, host.d_model, host.vocab_size, host.context_length) == (
-        6,
-        192,
-        4096,
-        512,
-    )
+    assert (host.n_layers, host.d_model) == (6, 192)
+    assert (host.vocab_size, host.context_length) == (4096, 512)
     assert host.block_path == "model.layers"
     assert host.special_token_ids == {0, 1, 2}
     # 2 d^2 for queries and outputs, 2 d * 64 for keys and values, 3 d * 512 for the MLP, two norms.
@@ -466,28 +459,33 @@ def test_a_real_model_is_described(stories: tuple[HostModel, list[Tensor]]) -> N
 
 
 @pytest.mark.shared
-def test_a_real_model_predicts_its_text(stories: tuple[HostModel, list[Tensor]]) -> None:
-    """The model's README: 1.472 nats a token on all 900 stories, 8.691 with the words shuffled."""
-    host, documents = stories
-    losses = torch.cat([host.cross_entropy(ids).flatten() for ids in documents])
-    assert float(losses.mean()) == pytest.approx(1.472, abs=0.2)
+def test_a_real_model_predicts_its_text(stories: tuple[HostModel, list[str]]) -> None:
+    """The model's README: 1.472 nats a token on all 900 stories; uniform would be 8.318."""
+    host, texts = stories
+    losses = [host.cross_entropy(_encoded(host, text)).flatten() for text in texts[::30]]
+    assert float(torch.cat(losses).mean()) == pytest.approx(1.472, abs=0.15)
 
 
 @pytest.mark.shared
 def test_a_real_models_streams_have_the_published_norms(
-    stories: tuple[HostModel, list[Tensor]],
+    stories: tuple[HostModel, list[str]],
 ) -> None:
-    """The model's README: mean norm after each layer, the BOS token left out."""
-    host, documents = stories
+    """The model's README: mean norm after each layer over the first stories, without BOS."""
+    host, texts = stories
     norms: list[list[Tensor]] = [[] for _ in range(host.n_layers)]
-    for ids in documents:
-        for layer, x in host.residual_streams(ids, range(host.n_layers)).items():
+    for text in texts[:30]:
+        streams = host.residual_streams(_encoded(host, text), range(host.n_layers))
+        for layer, x in streams.items():
             norms[layer].append(x[0, 1:].norm(dim=-1))
     means = [float(torch.cat(norm).mean()) for norm in norms]
-    assert means == pytest.approx([0.74, 0.96, 1.37, 2.11, 3.19, 4.15], rel=0.03)
+    assert means == pytest.approx([0.74, 0.96, 1.37, 2.11, 3.19, 4.15], rel=0.02)
 
 
 # Helpers
+
+
+def _encoded(host: HostModel, text: str) -> Tensor:
+    return host.tokenizer(text, return_tensors="pt", truncation=True, max_length=512).input_ids
 
 
 def _hidden_states(model: transformers.PreTrainedModel, ids: Tensor) -> tuple[Tensor, ...]:
@@ -530,5 +528,4 @@ def _counting_calls(model: nn.Module) -> Iterator[Counter[str]]:
 
 
 def _hooks(model: nn.Module) -> int:
-    gc.collect()
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

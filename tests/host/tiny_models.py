@@ -38,14 +38,11 @@ class Architecture:
     config: str
     blocks: str
     final_norm: str
-    head: str = "lm_head"
     extra: dict[str, Any] = field(default_factory=dict)
 
 
 ARCHITECTURES = {
-    "gpt_neox": Architecture(
-        "GPTNeoXConfig", "gpt_neox.layers", "gpt_neox.final_layer_norm", head="embed_out"
-    ),
+    "gpt_neox": Architecture("GPTNeoXConfig", "gpt_neox.layers", "gpt_neox.final_layer_norm"),
     "gpt2": Architecture("GPT2Config", "transformer.h", "transformer.ln_f"),
     "llama": Architecture("LlamaConfig", "model.layers", "model.norm", extra=_GROUPED),
     "mistral": Architecture(

@@ -53,8 +53,18 @@ def write_run(
         directory / "evaluation" / "reconstruction.json",
         reconstruction(groups, layers if baseline else [], generator),
     )
+    training = {
+        "steps": steps,
+        "tokens_per_sae": steps * batch_tokens,
+        "saes": list(names),
+        "seconds": 310.2,
+        "tokens_kept": 981_000,
+        "excluded_special_tokens": 2040,
+        "excluded_long_tokens": 0,
+    }
+    _write_json(directory / "training.json", training)
     stages = {
-        name: {"seconds": seconds, "finished": "2026-03-01T12:00:00+00:00"}
+        name: {"key": "0" * 16, "seconds": seconds, "finished": "2026-03-01T12:00:00+00:00"}
         for name, seconds in [
             ("distances", 21.4),
             ("groups", 0.1),
@@ -72,7 +82,7 @@ def config(host: str, baseline: bool) -> dict[str, Any]:
         "tokens": {"source": "bundled", "context_length": CONTEXT, "exclude_special": True},
         "grouping": {"layers": "all_but_last", "center": True, "method": "linkage"},
         "sae": {"architecture": "topk", "k": 32, "expansion": EXPANSION, "d_sae": None},
-        "training": {"tokens": 983_040, "batch_tokens": 4096, "baseline": baseline, "seed": 0},
+        "training": {"tokens": 983_040, "dead_after_tokens": 10_000_000, "baseline": baseline},
         "evaluation": {"tokens": 100_000},
         "report": {"formats": ["pdf", "png"]},
         "provenance": {
@@ -103,7 +113,7 @@ def distances_artefact(layers: Sequence[int], generator: np.random.Generator) ->
         "standard_error": error.tolist(),
         "tokens": 99_840,
         "center": True,
-        "excluded": {"special tokens": 160},
+        "excluded_special_tokens": 160,
     }
 
 
@@ -177,10 +187,12 @@ def reconstruction(
         for layer in baseline_layers
     ]
     return {
-        "definitions": {"ce_loss_score": "(CE zero - CE spliced) / (CE zero - CE clean)."},
+        "definitions": {
+            "kl": "mean KL divergence from the clean to the spliced distribution, nats",
+            "tokens": "positions that were replaced and counted",
+        },
         "tokens": 99_840,
-        "equal": "tokens per SAE",
-        "excluded": {"special tokens": 512},
+        "equal": "training tokens per SAE (983,040), the same for all",
         "rows": rows,
     }
 
@@ -212,7 +224,13 @@ def _row(
         "cosine": float(np.sqrt(r2)),
         "l0": 32.0,
         "dead": float(0.004 + 0.006 * spread),
-        "latent_density": {"edges": edges.tolist(), "counts": counts.tolist()},
+        "dead_in_group": 0.004,
+        "mse": 2.5e-4,
+        "latent_density": {
+            "edges": edges.tolist(),
+            "counts": counts.tolist(),
+            "silent": latents - int(counts.sum()),
+        },
     }
 
 

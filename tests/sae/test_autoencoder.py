@@ -82,7 +82,9 @@ def test_impossible_shapes_are_refused(change, message):
 
 
 def test_a_layer_outside_the_group_is_refused_by_name():
-    with pytest.raises(InputError, match="layer 7 is no member of this SAE; its layers are 3, 4, 5"):
+    with pytest.raises(
+        InputError, match="layer 7 is no member of this SAE; its layers are 3, 4, 5"
+    ):
         make_sae().encode(torch.randn(1, 6), 7)
 
 

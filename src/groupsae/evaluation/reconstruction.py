@@ -22,7 +22,7 @@ DEFINITIONS = {
     "ce_spliced": "the same with the layer's residual stream replaced by its reconstruction",
     "ce_zero": "the same with the layer's residual stream replaced by zeros",
     "kl": "mean KL divergence from the clean to the spliced next-token distribution, nats",
-    "r2": "1 - sum ||x - x_hat||^2 / sum ||x - mean x||^2 over all tokens, sums in float64 (1 - FVU)",
+    "r2": "1 - sum ||x - x_hat||^2 / sum ||x - mean x||^2 over all tokens (1 - FVU)",
     "explained_variance": "mean over tokens of 1 - ||x - x_hat||^2 / ||x - mean x||^2, the mean x "
     "taken over each forward's tokens; as the published tables have it",
     "l2": "mean over tokens of ||x - x_hat||",
@@ -64,20 +64,14 @@ def evaluate_reconstruction(
     Cross-entropies as in Group-SAE (arXiv 2410.21508 v2, section 4.1). All subjects see the same
     tokens.
 
-    Parameters
-    ----------
-    tokens
-        Tokens to read; rounded up to whole contexts.
-    batch_contexts
-        Contexts in one forward.
-    special
-        Token ids whose positions are neither replaced nor counted.
+    Args:
+        tokens: Tokens to read; rounded up to whole contexts.
+        batch_contexts: Contexts in one forward.
+        special: Token ids whose positions are neither replaced nor counted.
 
-    Returns
-    -------
-    dict
-        The content of `evaluation/reconstruction.json`: "definitions", "tokens" and "rows", one
-        row per subject and member layer, partitions and layers in order.
+    Returns:
+        The content of `evaluation/reconstruction.json`: "definitions", "tokens" and "rows", one row
+        per subject and member layer, partitions and layers in order.
     """
     tallies = [
         (subject, layer, _Tally(subject.sae))
@@ -119,7 +113,11 @@ def evaluate_reconstruction(
         fired[key] = tally.counts + fired.get(key, torch.zeros_like(tally.counts))
     rows = []
     for subject, layer, tally in tallies:
-        ce = {"clean": clean.value, "spliced": tally.cross_entropy.value, "zero": zeros[layer].value}
+        ce = {
+            "clean": clean.value,
+            "spliced": tally.cross_entropy.value,
+            "zero": zeros[layer].value,
+        }
         rows.append(
             {
                 "partition": subject.partition,
@@ -142,7 +140,7 @@ class _Mean:
     def __init__(self) -> None:
         self.total, self.count = 0.0, 0
 
-    def add(self, values: Float[Tensor, "token"]) -> None:
+    def add(self, values: Float[Tensor, " token"]) -> None:
         self.total += float(values.double().sum())
         self.count += values.numel()
 
@@ -235,7 +233,7 @@ def _cross_entropy(
     logits: Float[Tensor, "batch context vocab"],
     input_ids: Int[Tensor, "batch context"],
     mask: Bool[Tensor, "batch context"],
-) -> Float[Tensor, "token"]:
+) -> Float[Tensor, " token"]:
     """Of the predictions made at the positions in `mask`, context by context."""
     counted = mask[:, :-1]
     return torch.cat(
@@ -252,7 +250,7 @@ def _kl(
     clean: Float[Tensor, "batch context vocab"],
     spliced: Float[Tensor, "batch context vocab"],
     mask: Bool[Tensor, "batch context"],
-) -> Float[Tensor, "token"]:
+) -> Float[Tensor, " token"]:
     """KL(clean || spliced) of the predictions at the positions in `mask`, context by context."""
     divergences = []
     for i in range(len(clean)):

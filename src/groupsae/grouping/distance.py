@@ -23,7 +23,7 @@ from groupsae.grouping.matrix import Distances
 
 # How many float64 numbers a chunk of tokens and its products hold: on a CPU few enough for its
 # cache (twice as fast as large ones), elsewhere enough to keep the device busy.
-CHUNK_NUMBERS = {"cpu": 2**19, "cuda": 2**24}
+CHUNK_NUMBERS = {"cpu": 2**18, "cuda": 2**24}
 
 
 class AngularDistances:
@@ -32,11 +32,11 @@ class AngularDistances:
     d(p, q) = mean over tokens t of arccos(cos(x^p_t - m_p, x^q_t - m_q)) / pi, in [0, 1]
     (Group-SAE, arXiv 2410.21508, section 3; with m = 0 in v1, with running means in v2's code).
 
-    All pairs come from one batched product per chunk of tokens. Vectors are normalised and
-    multiplied in float64, for arccos is ill-conditioned near a cosine of 1: against extended
-    precision a token's distance is off by at most 1e-11 at a distance of 1e-4, 1e-15 at 0.1 and
-    2e-8 at 0 and 1, where float32 products would be off by 2e-4, 3e-7 and 2e-4. A zero vector has
-    no direction and counts as orthogonal to every other (0.5).
+    All pairs come from one batched product per chunk of tokens. It is taken in float64, for arccos
+    is ill-conditioned near a cosine of 1: against extended precision a token's distance is off by
+    at most 1e-11 at a distance of 1e-4, 1e-14 at 0.1 and 2e-8 at 0 and 1, where float32 products
+    would be off by 2e-4, 3e-7 and 2e-4. A zero vector has no direction and counts as orthogonal to
+    every other (0.5).
     """
 
     def __init__(
@@ -235,9 +235,10 @@ def _pairwise_angles(
     columns: Int[Tensor, " pair"],
 ) -> Float64[Tensor, "token pair"]:
     """Angle / pi between two layers' vectors, for each token and pair of layers."""
-    tiny = torch.finfo(torch.float64).tiny  # no vector but zero is too short for a direction
-    unit = torch.nn.functional.normalize(vectors, dim=-1, eps=tiny)
-    cosines = torch.bmm(unit, unit.mT)[:, rows, columns]
+    products = torch.bmm(vectors, vectors.mT)
+    tiny = torch.finfo(torch.float64).tiny  # 0 / tiny = 0: a zero vector is orthogonal to all
+    norms = products.diagonal(dim1=1, dim2=2).sqrt().clamp(min=tiny)
+    cosines = products[:, rows, columns] / (norms[:, rows] * norms[:, columns])
     return cosines.clamp_(-1, 1).acos_() / math.pi
 
 

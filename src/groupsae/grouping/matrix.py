@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Shaped
 
 from groupsae.errors import InputError
 from groupsae.grouping.layers import checked_layers, format_layers
 
 Matrix = Float64[np.ndarray, "layer layer"]
+AnyArray = Shaped[np.ndarray, "..."]
 
 # A matrix from elsewhere may have been computed in float32, where arccos near a cosine of 1 is off
 # by 3e-4 / pi and the two triangles may round differently.
@@ -67,7 +68,7 @@ class Distances:
     @classmethod
     def from_matrix(
         cls,
-        matrix: np.ndarray[Any, Any],
+        matrix: AnyArray,
         layers: Sequence[int] | None = None,
         *,
         standard_error: Matrix | None = None,
@@ -271,7 +272,7 @@ def _split_labels(rows: list[list[str]]) -> tuple[list[list[str]], list[str] | N
     square. Labels of rows and columns are taken to be the same, as the matrix is symmetric.
     """
     height, width = len(rows), max(map(len, rows))
-    corner_is_label = not _is_number(rows[0][0]) and len([cell for cell in rows[0] if cell]) > 1
+    corner_is_label = not _is_number(rows[0][0]) and any(rows[0][1:])
     if height == width and corner_is_label:
         return [row[1:] for row in rows[1:]], rows[0][1:]
     if height == width + 1:
@@ -299,7 +300,7 @@ def _layer_number(label: str, path: Path) -> int:
     return int(found[1])
 
 
-def _from_rows(rows: object, source: str) -> np.ndarray[Any, Any]:
+def _from_rows(rows: object, source: str) -> AnyArray:
     """A matrix from lists of numbers; None and what a short row leaves out become NaN."""
     if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
         raise InputError(f"{source}: must be a list of rows, each a list of numbers")
@@ -318,7 +319,7 @@ def _from_rows(rows: object, source: str) -> np.ndarray[Any, Any]:
     return matrix
 
 
-def _check_square(matrix: np.ndarray[Any, Any], source: str, n_layers: int | None) -> None:
+def _check_square(matrix: AnyArray, source: str, n_layers: int | None) -> None:
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.size == 0:
         shape = " x ".join(map(str, matrix.shape))
         raise InputError(
@@ -329,7 +330,7 @@ def _check_square(matrix: np.ndarray[Any, Any], source: str, n_layers: int | Non
         raise InputError(f"{source}: {n_layers} layers but {len(matrix)} rows; give one row each")
 
 
-def _check_values(matrix: np.ndarray[Any, Any], source: str) -> None:
+def _check_values(matrix: AnyArray, source: str) -> None:
     unfit = ~((matrix >= 0) & (matrix <= 1))
     if unfit.any():
         row, column = np.argwhere(unfit)[0]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Int
 
 from groupsae.grouping.layers import checked_layers
 from groupsae.grouping.matrix import Distances
@@ -131,7 +131,7 @@ def _singletons(distances: Distances) -> Partition:
 
 def _best_cuts(
     weight: Float64[np.ndarray, "cut cut"], most_groups: int, combine: np.ufunc
-) -> tuple[Float64[np.ndarray, " groups"], np.ndarray[tuple[int, int], np.dtype[np.intp]]]:
+) -> tuple[Float64[np.ndarray, " groups"], Int[np.ndarray, "groups cut"]]:
     """Shortest paths from cut 0 to the last cut in exactly 1, 2, ... steps.
 
     Args:

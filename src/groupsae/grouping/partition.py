@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
@@ -103,7 +104,7 @@ class Partition:
         )
 
 
-def parse_partition(groups: str | Sequence[Sequence[int]], layers: Sequence[int]) -> Partition:
+def parse_partition(groups: str | Sequence[Any], layers: Sequence[int]) -> Partition:
     """A partition as users write it.
 
     Args:
@@ -115,15 +116,9 @@ def parse_partition(groups: str | Sequence[Sequence[int]], layers: Sequence[int]
         InputError: It cannot be read, or is no partition of the layers.
     """
     layers = checked_layers(layers)
-    if isinstance(groups, str):
-        return Partition(layers, tuple(_parse_range(part, layers) for part in groups.split(",")))
-    for group in groups:
-        # Sizes and kinds from a configuration file are anybody's.
-        if isinstance(group, str) or not isinstance(group, Sequence):
-            raise InputError(
-                f"partition: {group!r} is no list of layers; write [[0, 1, 2], [3, 4]] or '0-2,3-4'"
-            )
-    return Partition(layers, tuple(tuple(group) for group in groups))
+    parse = _parse_range if isinstance(groups, str) else _parse_list
+    parts = groups.split(",") if isinstance(groups, str) else groups
+    return Partition(layers, tuple(parse(part, layers) for part in parts))
 
 
 def diameters(distances: Distances, partition: Partition) -> tuple[float, ...]:
@@ -193,3 +188,11 @@ def _parse_range(text: str, layers: tuple[int, ...]) -> tuple[int, ...]:
                 f"{format_layers(layers)}"
             )
     return tuple(layer for layer in layers if first <= layer <= last)
+
+
+def _parse_list(group: object, layers: tuple[int, ...]) -> tuple[int, ...]:
+    if isinstance(group, str) or not isinstance(group, Sequence):
+        raise InputError(
+            f"partition: {group!r} is no list of layers; write [[0, 1, 2], [3, 4]] or '0-2,3-4'"
+        )
+    return checked_layers(group, f"partition: group {list(group)}")

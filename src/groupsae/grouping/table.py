@@ -22,10 +22,10 @@ def group_layers(
     distances: Distances | None,
     *,
     layers: Sequence[int] | None = None,
-    method: Method = "linkage",
+    method: str = "linkage",
     threshold: float = 0.2,
     groups: int | None = None,
-    partition: Partition | str | Sequence[Sequence[int]] | None = None,
+    partition: Partition | str | Sequence[Any] | None = None,
     cost: CostModel | None = None,
 ) -> PartitionTable:
     """Partitions of the layers by one method, and the one to train.
@@ -202,8 +202,8 @@ class PartitionTable:
 def _partitions(
     distances: Distances | None,
     layers: tuple[int, ...],
-    method: Method,
-    partition: Partition | str | Sequence[Sequence[int]] | None,
+    method: str,
+    partition: Partition | str | Sequence[Any] | None,
 ) -> dict[int, Partition]:
     if partition is not None:
         groups = partition.groups if isinstance(partition, Partition) else partition

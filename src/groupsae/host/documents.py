@@ -22,6 +22,8 @@ import numpy as np
 
 from groupsae.errors import InputError
 
+_log = logging.getLogger(__name__)
+
 BUNDLED = "bundled"
 """The name of the source that needs neither a file nor a network: generated English."""
 
@@ -177,29 +179,64 @@ class _Streamed:
         self._column = _column(name, columns, column)
 
     def read(self, start: Position) -> Iterator[Document]:
-        stream = copy.deepcopy(self._stream)  # each reader keeps its own place
-        if start.bookmark is not None:
-            stream.load_state_dict(copy.deepcopy(start.bookmark))
-        rows = iter(stream)
         block, first = divmod(start.document, _BLOCK)
-        while True:
-            bookmark = copy.deepcopy(stream.state_dict())
-            with _explained(self._name):
-                values = [row[self._column] for row in islice(rows, _BLOCK)]
-            if not values:
-                return
+        stream, state, contents = self._enter(block, start.bookmark)
+        while contents:
+            bookmark = {"state": state, "digest": _digest(contents)}
             seeds = [self._seed, start.epoch, block]
-            order = np.random.default_rng(seeds).permutation(len(values))
-            for index in range(first, len(values)):
-                row = int(order[index])
-                yield Document(
-                    Position(start.epoch, block * _BLOCK + index, bookmark),
-                    _content(values[row], block * _BLOCK + row, self._column, self._name),
-                )
+            order = np.random.default_rng(seeds).permutation(len(contents))
+            for index in range(first, len(contents)):
+                position = Position(start.epoch, block * _BLOCK + index, bookmark)
+                yield Document(position, contents[order[index]])
+            state = copy.deepcopy(stream.dataset.state_dict())
             block, first = block + 1, 0
+            contents = self._read_block(stream, block)
 
     def identity(self) -> str:
         return " ".join(str(part) for part in [*self._identity, self._column])
+
+    def _enter(
+        self, block: int, bookmark: dict[str, Any] | None
+    ) -> tuple[_Reader, dict[str, Any] | None, list[str | np.ndarray | None]]:
+        """A reader behind `block`, the state of `datasets` before it, and the block's contents."""
+        state, digest = (bookmark["state"], bookmark["digest"]) if bookmark else (None, None)
+        stream = _Reader.of(self._stream, state)
+        contents = self._read_block(stream, block)
+        if bookmark and _digest(contents) != digest:
+            # Releases of `datasets` have lost their place here (its issues 8145 and 8308).
+            _log.warning("%s: the place is not found at once; reading up to it.", self._name)
+            stream = _Reader.of(self._stream, None)
+            for earlier in range(block):
+                self._read_block(stream, earlier)
+            contents = self._read_block(stream, block)
+            if _digest(contents) != digest:
+                raise InputError(
+                    f"tokens.source={self._name!r} is not the data set that it was when the place "
+                    "in it was saved. Pin tokens.revision, or start a new run."
+                )
+        return stream, state, contents
+
+    def _read_block(self, stream: _Reader, block: int) -> list[str | np.ndarray | None]:
+        with _explained(self._name):
+            values = [row[self._column] for row in islice(stream.rows, _BLOCK)]
+        return [
+            _content(value, row, self._column, self._name)
+            for row, value in enumerate(values, start=block * _BLOCK)
+        ]
+
+
+class _Reader(NamedTuple):
+    """A streamed data set of one's own, so that readers keep their own places, and its rows."""
+
+    dataset: Any
+    rows: Iterator[dict[str, Any]]
+
+    @classmethod
+    def of(cls, stream: Any, state: dict[str, Any] | None) -> _Reader:
+        dataset = copy.deepcopy(stream)
+        if state is not None:
+            dataset.load_state_dict(copy.deepcopy(state))
+        return cls(dataset, iter(dataset))
 
 
 class _Bundled:

@@ -203,9 +203,10 @@ class HostModel:
         """While the context is open, the residual stream after layer l is `replacements[l](x)`.
 
         It holds for every forward of the model: `logits`, `cross_entropy`, `visit` and `model`
-        itself. Gradients flow through a replacement wherever the caller records them. Splices nest:
-        the inner one's replacement takes what the outer one's gave. The model is as before when the
-        context is left, by an exception too.
+        itself (whose own `hidden_states` may still be those before the replacement). Gradients flow
+        through a replacement wherever the caller records them. Splices nest: the inner one's
+        replacement takes what the outer one's gave. The model is as before when the context is
+        left, by an exception too.
 
         Raises:
             InputError: a layer that the model does not have; in the forward, a replacement whose

@@ -33,12 +33,21 @@ class Run:
     partition: Artefact | None
     metrics: Sequence[Artefact]
     saes: Sequence[Artefact]
+    training: Artefact
     reconstruction: Artefact | None
     stages: Artefact
 
+    def section(self, name: str) -> Artefact:
+        """A section of the config; empty where it has none."""
+        section = self.config.get(name)
+        return section if isinstance(section, Mapping) else {}
+
 
 def read_run(directory: Path) -> Run:
-    """Read every artefact that is there.
+    """Read every artefact that is there and up to date.
+
+    Where `stages.json` is there but does not have a stage, what the stage wrote belongs to an
+    earlier config and is passed over. An unfinished training's metrics are shown all the same.
 
     Raises
     ------
@@ -54,38 +63,44 @@ def read_run(directory: Path) -> Run:
             "give the folder that `groupsae run` wrote"
         )
     config_text = _text(directory / "config.yaml") or ""
+    stages = _json(directory / "stages.json")
+
+    def current(stage: str) -> bool:
+        return stages is None or stage in stages
+
     return Run(
         config_text=config_text,
         config=_parse_config(directory / "config.yaml", config_text),
-        distances=_distances(directory / "distances.json"),
-        partition=_partition(directory / "partition.json"),
+        distances=_distances(directory / "distances.json") if current("distances") else None,
+        partition=_partition(directory / "partition.json") if current("groups") else None,
         metrics=_metrics(directory / "metrics.jsonl"),
-        saes=[
-            {**config, "folder": path.parent.relative_to(directory).as_posix()}
-            for path in sorted((directory / "saes").glob("**/cfg.json"))
-            if (config := _json(path)) is not None
-        ],
-        reconstruction=_reconstruction(directory / "evaluation" / "reconstruction.json"),
-        stages=_json(directory / "stages.json") or {},
+        saes=_saes(directory),
+        training=(_json(directory / "training.json") or {}) if current("train") else {},
+        reconstruction=_reconstruction(directory / "evaluation" / "reconstruction.json")
+        if current("evaluate")
+        else None,
+        stages=stages or {},
     )
 
 
 def _distances(path: Path) -> Artefact | None:
     distances = _json(path)
     if distances is not None:
-        n_layers = len(_need(distances, "layers", list, path))
+        n_layers = len(_layers(distances, "layers", path))
         matrix = _need(distances, "matrix", list, path)
         if len(matrix) != n_layers or any(
             not isinstance(row, list) or len(row) != n_layers for row in matrix
         ):
             raise _broken(path, f"'matrix' is not {n_layers} x {n_layers}, as 'layers' has it")
+        if any(not isinstance(entry, int | float | None) for row in matrix for entry in row):
+            raise _broken(path, "'matrix' has an entry that is no number")
     return distances
 
 
 def _partition(path: Path) -> Artefact | None:
     partition = _json(path)
     if partition is not None:
-        _need(partition, "layers", list, path)
+        _layers(partition, "layers", path)
         by_groups = _need(partition, "by_groups", dict, path)
         chosen = _need(partition, "chosen", int, path)
         if str(chosen) not in by_groups:
@@ -93,9 +108,8 @@ def _partition(path: Path) -> Artefact | None:
         for groups_total, entry in by_groups.items():
             if not groups_total.isdigit() or not isinstance(entry, dict):
                 raise _broken(path, f"'by_groups' has the entry {groups_total!r}; a G is wanted")
-            groups = _need(entry, "groups", list, path)
-            if not groups or not all(isinstance(group, list) and group for group in groups):
-                raise _broken(path, f"'groups' of G = {groups_total} has an empty group")
+            for group in _need(entry, "groups", list, path):
+                _layers({"groups": group}, "groups", path)
     return partition
 
 
@@ -107,7 +121,20 @@ def _reconstruction(path: Path) -> Artefact | None:
                 raise _broken(path, "a row is no object")
             _need(row, "layer", int, path)
             _need(row, "partition", str, path)
+            if "group" in row:
+                _layers(row, "group", path)
     return reconstruction
+
+
+def _saes(directory: Path) -> list[Artefact]:
+    """Each SAE's cfg.json, with the "folder" that it lies in; groups before baselines."""
+    found: list[Artefact] = []
+    for pattern in ("layers-*", "baseline/layers-*"):
+        for path in sorted((directory / "saes").glob(f"{pattern}/cfg.json")):
+            config = _json(path) or {}
+            _layers(config, "layers", path)
+            found.append({**config, "folder": path.parent.relative_to(directory).as_posix()})
+    return found
 
 
 def _metrics(path: Path) -> list[Artefact]:
@@ -169,6 +196,13 @@ def _need(artefact: Artefact, key: str, kind: type, path: Path) -> Any:
         found = f"is a {type(value).__name__}" if key in artefact else "is missing"
         raise _broken(path, f"'{key}' {found}; a {kind.__name__} is wanted")
     return value
+
+
+def _layers(artefact: Artefact, key: str, path: Path) -> list[int]:
+    layers: list[int] = _need(artefact, key, list, path)
+    if not layers or not all(isinstance(layer, int) for layer in layers):
+        raise _broken(path, f"'{key}' is {layers!r}; a list of layers is wanted")
+    return layers
 
 
 def _broken(path: Path, why: str) -> InputError:

@@ -8,7 +8,7 @@ from typing import Any
 
 from groupsae.report.artefacts import Run
 from groupsae.report.metrics import METRICS, MISSING, LayerComparison, compare, means, number
-from groupsae.report.wording import choice, chosen_groups, definition, duration, layer_range, si
+from groupsae.report.wording import choice, chosen_groups, duration, layer_range, si
 
 TABLE = ("ce_loss_score", "r2", "l2", "l0")  # the columns of the table that is always open
 _SAE_FIELDS = ("architecture", "d_model", "d_sae", "k")
@@ -45,7 +45,7 @@ def page_contents(run: Run) -> dict[str, Any]:
 
 def host_name(run: Run) -> str:
     """The host model's name as the config has it."""
-    return str(_section(run, "host").get("name") or "host model")
+    return str(run.section("host").get("name") or "host model")
 
 
 def comparison_table(comparisons: Sequence[LayerComparison]) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _summary(run: Run, comparisons: Sequence[LayerComparison]) -> str:
         amad = number(_chosen_entry(run).get("amad"))
         sentences.append(
             f"Layers {layer_range(layers)} of {host_name(run)} were put into {chosen} "
-            f"group{'s' * (chosen != 1)} ({choice(run)}"
+            f"group{'s' * (chosen != 1)} ({choice(run.partition)}"
             + (f"; AMAD {amad:.3f}" if math.isfinite(amad) else "")
             + ")."
         )
@@ -112,9 +112,7 @@ def _tiles(run: Run, comparisons: Sequence[LayerComparison]) -> list[Cell]:
         tiles.append(_tile("Groups", str(run.partition["chosen"]), f"of {_n_layers(run)} layers"))
         amad = number(_chosen_entry(run).get("amad"))
         if math.isfinite(amad):
-            threshold = number(run.partition.get("threshold"))
-            note = f"threshold {threshold:g}" if math.isfinite(threshold) else "no threshold"
-            tiles.append(_tile("AMAD", f"{amad:.3f}", note))
+            tiles.append(_tile("AMAD", f"{amad:.3f}", choice(run.partition)))
     for key in ("ce_loss_score", "r2"):
         metric, (ours, theirs, difference) = METRICS[key], means(comparisons, key)
         if math.isfinite(ours):
@@ -157,7 +155,7 @@ def _saes(run: Run) -> list[Cell]:
     return [
         {
             "folder": sae["folder"],
-            "layers": layer_range(sae["layers"]) if isinstance(sae.get("layers"), list) else "",
+            "layers": layer_range(sae["layers"]),
             **{
                 key: str(sae.get(key, MISSING)) for key in ("architecture", "d_model", "d_sae", "k")
             },
@@ -192,9 +190,12 @@ def _every_metric(run: Run, comparisons: Sequence[LayerComparison]) -> dict[str,
         if any(math.isfinite(number(row.get(metric.key))) for _, _, row in rows)
     ]
     return {
-        "metrics": [
-            (metric.label, definition(run.reconstruction or {}, metric.key)) for metric in shown
-        ],
+        "metrics": [metric.label for metric in shown],
+        "definitions": [
+            (metric.label, _given_definition(run, metric.key) or metric.definition)
+            for metric in shown
+        ]
+        + [("Tokens", text) for text in [_given_definition(run, "tokens")] if text],
         "rows": [
             {
                 "layer": comparison.layer,
@@ -235,28 +236,25 @@ def _stages(run: Run) -> list[tuple[str, str]]:
 
 
 def _excluded(run: Run) -> list[tuple[str, str, str]]:
-    """Counts of what was left out: (stage, what, how many), wherever an artefact has `excluded`."""
-    places = (
-        ("distances", run.distances),
-        ("training", run.metrics[-1] if run.metrics else None),
-        ("evaluation", run.reconstruction),
-        ("provenance", _section(run, "provenance")),
-        *((str(name), stage) for name, stage in run.stages.items()),
-    )
-    rows = []
-    for place, artefact in places:
-        found = artefact.get("excluded") if isinstance(artefact, Mapping) else None
-        named = found if isinstance(found, Mapping) else {"tokens": found}
-        for what, count in named.items():
-            if count is not None:
-                text = f"{count:,}" if isinstance(count, int) else str(count)
-                rows.append((place, str(what).replace("_", " "), text))
-    return rows
+    """Counts of what was left out: (stage, what, how many tokens).
+
+    Artefacts have them as `excluded_special_tokens` and the like.
+    """
+    return [
+        (stage, key.removeprefix("excluded_").replace("_", " "), f"{count:,}")
+        for stage, artefact in (
+            ("distances", run.distances or {}),
+            ("train", run.training),
+            ("evaluate", run.reconstruction or {}),
+        )
+        for key, count in artefact.items()
+        if key.startswith("excluded_") and isinstance(count, int)
+    ]
 
 
 def _excluding(run: Run) -> list[str]:
     """The settings that leave tokens out."""
-    tokens = _section(run, "tokens")
+    tokens = run.section("tokens")
     said = []
     if "exclude_special" in tokens:
         said.append(
@@ -278,9 +276,16 @@ def _excluding(run: Run) -> list[str]:
 def _provenance(run: Run) -> list[tuple[str, str]]:
     return [
         (str(key).replace("_", " "), str(value))
-        for key, value in _section(run, "provenance").items()
+        for key, value in run.section("provenance").items()
         if isinstance(value, str | int | float) and value != ""
     ]
+
+
+def _given_definition(run: Run, key: str) -> str | None:
+    """The evaluation's own sentence about a key of its rows."""
+    definitions = (run.reconstruction or {}).get("definitions")
+    given = definitions.get(key) if isinstance(definitions, Mapping) else None
+    return given if isinstance(given, str) else None
 
 
 def _comparisons(run: Run) -> list[LayerComparison]:
@@ -288,11 +293,6 @@ def _comparisons(run: Run) -> list[LayerComparison]:
         return []
     chosen = run.partition["chosen"] if run.partition is not None else None
     return compare(run.reconstruction["rows"], chosen)
-
-
-def _section(run: Run, name: str) -> Mapping[str, Any]:
-    section = run.config.get(name)
-    return section if isinstance(section, Mapping) else {}
 
 
 def _chosen_entry(run: Run) -> Mapping[str, Any]:

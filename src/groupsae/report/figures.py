@@ -93,6 +93,10 @@ _STYLE: dict[str, Any] = {
     "svg.hashsalt": "groupsae",
 }
 
+_MEASURES = {
+    "amad": ("AMAD", "AMAD"),
+    "flops_per_token": ("predicted cost", "Predicted {}FLOP per token"),
+}
 _OPAQUE: dict[str, Any] = {"frameon": True, "edgecolor": "none", "framealpha": 0.9}
 
 _UNIT_NAMES = {
@@ -184,7 +188,7 @@ def dendrogram(distances: Mapping[str, Any], partition: Mapping[str, Any] | None
     n_layers = len(layers)
     if n_layers < 2:
         raise InputError(f"a dendrogram needs at least two layers; there is {n_layers}")
-    links = _linkage(matrix, partition)
+    links = _contiguous_linkage(matrix)
     groups = chosen_groups(partition) or [[layer] for layer in layers]
     group_of = {layer: at for at, group in enumerate(groups) for layer in group}
     colours = group_colours(len(groups))
@@ -242,36 +246,42 @@ def amad_and_cost(partition: Mapping[str, Any]) -> Figure:
     """AMAD and predicted FLOPs per token against G, the threshold and the choice marked."""
     by_groups = sorted((int(total), entry) for total, entry in partition["by_groups"].items())
     totals = np.array([total for total, _ in by_groups])
-    chosen = int(partition["chosen"])
-    amad = np.array([number(entry.get("amad")) for _, entry in by_groups])
-    flops = np.array([number(entry.get("flops_per_token")) for _, entry in by_groups])
-    scale, unit = si_scale(float(np.nanmax(flops, initial=0)))
+    chosen, n_layers = int(partition["chosen"]), len(partition["layers"])
+    measures = {
+        key: np.array([number(entry.get(key)) for _, entry in by_groups]) for key in _MEASURES
+    }
+    shown = [key for key, values in measures.items() if np.isfinite(values).any()]
+    if not shown:
+        raise InputError("the partition has neither AMAD nor predicted cost to draw")
 
-    figure = Figure(figsize=(PAGE, 2.35), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(totals, amad, color=INK, marker="o", markersize=3.2, label="AMAD")
-    threshold = number(partition.get("threshold"))
-    if math.isfinite(threshold):
-        left.axhline(
-            threshold,
-            color=THRESHOLD,
-            linestyle=(0, (4, 2.5)),
-            linewidth=1,
-            label=f"threshold {threshold:g}",
-        )
-    right.plot(totals, flops / scale, color=INK, marker="o", markersize=3.2, label="predicted cost")
-    n_layers = len(partition["layers"])
-    if n_layers in totals:
-        right.plot(
-            [n_layers],
-            flops[totals == n_layers] / scale,
-            linestyle="none",
-            marker="s",
-            markersize=5.5,
-            color=BASELINE,
-            label="one SAE per layer",
-        )
-    for axes, values in ((left, amad), (right, flops / scale)):
+    figure = Figure(figsize=(PAGE if len(shown) == 2 else COLUMN, 2.35), layout="constrained")
+    panels = dict(zip(shown, figure.subplots(1, len(shown), squeeze=False).ravel(), strict=True))
+    for key, axes in panels.items():
+        scale, prefix = (1.0, "") if key == "amad" else si_scale(float(np.nanmax(measures[key])))
+        values = measures[key] / scale
+        name, label = _MEASURES[key]
+        axes.plot(totals, values, color=INK, marker="o", markersize=3.2, label=name)
+        highest = float(np.nanmax(values))
+        threshold = number(partition.get("threshold"))
+        if key == "amad" and math.isfinite(threshold):
+            axes.axhline(
+                threshold,
+                color=THRESHOLD,
+                linestyle=(0, (4, 2.5)),
+                linewidth=1,
+                label=f"threshold {threshold:g}",
+            )
+            highest = max(highest, threshold)
+        if key == "flops_per_token" and n_layers in totals:
+            axes.plot(
+                [n_layers],
+                values[totals == n_layers],
+                linestyle="none",
+                marker="s",
+                markersize=5.5,
+                color=BASELINE,
+                label="one SAE per layer",
+            )
         axes.axvline(chosen, color=GROUP, linewidth=0.8, alpha=0.45)
         axes.plot(
             [chosen],
@@ -282,17 +292,22 @@ def amad_and_cost(partition: Mapping[str, Any]) -> Figure:
             color=GROUP,
             label=f"chosen, G = {chosen}",
         )
-        axes.set_xlabel("Number of groups G")
+        axes.set(xlabel="Number of groups G", ylabel=label.format(prefix))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
         axes.set_xlim(min(totals) - 0.6, max(totals) + 0.6)
-        axes.set_ylim(0, 1.1 * max(float(np.nanmax(values, initial=0)), 1e-9))
+        axes.set_ylim(0, 1.1 * max(highest, 1e-9))
         axes.grid(axis="y")
-    left.legend(**_OPAQUE)
-    right.legend(**_OPAQUE, loc="lower right")
-    left.set_ylabel("AMAD")
-    left.set_ylim(top=max(left.get_ylim()[1], 1.15 * np.nan_to_num(threshold)))
-    right.set_ylabel(f"Predicted {unit}FLOP per token")
+        axes.legend(**_OPAQUE, loc="upper right" if key == "amad" else "lower right")
     return figure
+
+
+def has_measures(partition: Mapping[str, Any]) -> bool:
+    """Whether a partition has anything that :func:`amad_and_cost` could draw."""
+    return any(
+        math.isfinite(number(entry.get(key)))
+        for entry in partition["by_groups"].values()
+        for key in _MEASURES
+    )
 
 
 @_styled
@@ -514,25 +529,11 @@ def _matrix(distances: Mapping[str, Any]) -> Floats:
     return np.fmax(matrix, matrix.T)
 
 
-def _linkage(matrix: Floats, partition: Mapping[str, Any] | None) -> Floats:
-    """Scipy's linkage matrix, from the partition or made anew; left children are the shallower."""
-    given = (partition or {}).get("linkage")
-    n_layers = len(matrix)
-    links = np.array(given, dtype=np.float64) if given else _contiguous_linkage(matrix)
-    if links.shape != (n_layers - 1, 4):
-        raise InputError(
-            f"partition.json: 'linkage' has shape {links.shape}; "
-            f"{(n_layers - 1, 4)} is wanted for {n_layers} layers"
-        )
-    first = list(range(n_layers))
-    for row in links:
-        row[:2] = sorted(row[:2], key=lambda node: first[int(node)])
-        first.append(first[int(row[0])])
-    return links
-
-
 def _contiguous_linkage(matrix: Floats) -> Floats:
-    """Join the two neighbours whose union has the smallest largest distance, until one is left."""
+    """Scipy's linkage matrix: join the two neighbours whose union has the smallest diameter, etc.
+
+    Scipy itself would join layers that are no neighbours.
+    """
     n_layers = len(matrix)
     runs = [(at, at, at + 1) for at in range(n_layers)]  # node, first layer, one past the last
     links: list[list[float]] = []

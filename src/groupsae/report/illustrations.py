@@ -15,8 +15,6 @@ from groupsae.report.metrics import METRICS, number
 from groupsae.report.wording import (
     choice,
     chosen_groups,
-    definition,
-    given_definition,
     layer_range,
 )
 
@@ -40,8 +38,8 @@ def illustrations(run: Run) -> list[Illustration]:
     found: list[Illustration] = []
     if run.distances is not None:
         found += _of_distances(run, run.distances)
-    if run.partition is not None:
-        found.append(_of_partition(run, run.partition))
+    if run.partition is not None and figures.has_measures(run.partition):
+        found.append(_of_partition(run.partition))
     if run.metrics:
         found.append(_of_training(run))
     if run.reconstruction is not None and run.reconstruction["rows"]:
@@ -121,7 +119,7 @@ def _of_distances(run: Run, distances: Mapping[str, Any]) -> list[Illustration]:
     return [heatmap, tree]
 
 
-def _of_partition(run: Run, partition: Mapping[str, Any]) -> Illustration:
+def _of_partition(partition: Mapping[str, Any]) -> Illustration:
     method = str(partition.get("method"))
     return Illustration(
         name="amad_and_cost",
@@ -129,7 +127,7 @@ def _of_partition(run: Run, partition: Mapping[str, Any]) -> Illustration:
         draw=lambda: figures.amad_and_cost(partition),
         alt=f"AMAD and predicted FLOPs per token against the number of groups; G = "
         f"{partition['chosen']} is marked.",
-        caption=f"The choice, G = {partition['chosen']}: {choice(run)}. "
+        caption=f"The choice, G = {partition['chosen']}: {choice(partition)}. "
         f"Method: {_METHODS.get(method, method)}.",
         definitions=(
             (
@@ -149,7 +147,7 @@ def _of_partition(run: Run, partition: Mapping[str, Any]) -> Illustration:
 
 def _of_training(run: Run) -> Illustration:
     baseline = any(str(line["sae"]).startswith("baseline/") for line in run.metrics)
-    dead_after = number((run.config.get("training") or {}).get("dead_after_tokens"))
+    dead_after = number(run.section("training").get("dead_after_tokens"))
     silent = (
         f"for the last {dead_after:,.0f} tokens"
         if math.isfinite(dead_after)
@@ -189,9 +187,7 @@ def _of_reconstruction(run: Run, reconstruction: Mapping[str, Any]) -> list[Illu
             + (", with one SAE per group and one SAE per layer." if baseline else "."),
             caption=f"One SAE per group (blue){against}, each judged on every member layer. "
             "Shaded and white bands are the groups. The vertical axes do not begin at 0.",
-            definitions=tuple(
-                (METRICS[key].label, definition(reconstruction, key)) for key in PER_LAYER
-            ),
+            definitions=tuple((METRICS[key].label, METRICS[key].definition) for key in PER_LAYER),
         )
     ]
     if any(figures.histogram(row) for row in rows):
@@ -207,9 +203,10 @@ def _of_reconstruction(run: Run, reconstruction: Mapping[str, Any]) -> list[Illu
                 definitions=(
                     (
                         "Latent density",
-                        given_definition(reconstruction, "latent_density")
-                        or "Share of the evaluated tokens of the layer on which a latent is "
-                        "active; log10, so −2 is one token in a hundred.",
+                        "Share of the evaluated tokens of the layer on which a latent is "
+                        "active; log10, so −2 is one token in a hundred. Latents that are never "
+                        "active have no place on this axis: the table of every metric has their "
+                        "share, as dead.",
                     ),
                 ),
             )

@@ -76,6 +76,19 @@ METRICS = {
             percent=True,
         ),
         Metric(
+            "dead_in_group",
+            "Dead in group",
+            2,
+            "Share of the SAE's latents that were active at none of its layers.",
+            percent=True,
+        ),
+        Metric(
+            "mse",
+            "MSE",
+            6,
+            "Mean over tokens and dimensions of the squared reconstruction error.",
+        ),
+        Metric(
             "cosine",
             "Cosine",
             4,

@@ -7,8 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from groupsae.report.artefacts import Run
-from groupsae.report.metrics import METRICS, number
+from groupsae.report.metrics import number
 
 
 def chosen_groups(partition: Mapping[str, Any] | None) -> list[list[int]]:
@@ -18,30 +17,14 @@ def chosen_groups(partition: Mapping[str, Any] | None) -> list[list[int]]:
     return list(partition["by_groups"][str(partition["chosen"])]["groups"])
 
 
-def choice(run: Run) -> str:
+def choice(partition: Mapping[str, Any]) -> str:
     """How G came about: "the smallest G with AMAD below 0.2"."""
-    partition = run.partition or {}
-    grouping = run.config.get("grouping") or {}
-    if partition.get("method") == "explicit" or grouping.get("partition") is not None:
-        return "the groups were given in the config"
-    if grouping.get("groups") is not None:
-        return "G was fixed in the config"
+    if partition.get("method") == "explicit":
+        return "the groups were given"
     threshold = number(partition.get("threshold"))
     if math.isfinite(threshold):
         return f"the smallest G with AMAD below {threshold:g}"
-    return "the file does not say how G was chosen"
-
-
-def definition(reconstruction: Mapping[str, Any], key: str) -> str:
-    """The evaluation's own sentence about a metric, else ours."""
-    return given_definition(reconstruction, key) or METRICS[key].definition
-
-
-def given_definition(reconstruction: Mapping[str, Any], key: str) -> str | None:
-    """The evaluation's own sentence about a metric, if it has one."""
-    definitions = reconstruction.get("definitions")
-    given = definitions.get(key) if isinstance(definitions, Mapping) else None
-    return given if isinstance(given, str) and given else None
+    return "G was given"
 
 
 def layer_range(layers: Sequence[int]) -> str:
@@ -75,7 +58,7 @@ def si_scale(largest: float) -> tuple[float, str]:
 def si(value: float, unit: str) -> str:
     """21.2e6 and "FLOP" as "21.2 MFLOP"."""
     scale, prefix = si_scale(abs(value))
-    return f"{value / scale:.3g} {prefix}{unit}"
+    return f"{value / scale:#.3g}".rstrip(".") + f" {prefix}{unit}"
 
 
 def duration(seconds: float) -> str:

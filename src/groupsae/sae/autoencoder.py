@@ -56,16 +56,11 @@ class SAE(nn.Module):
     papers' orientation) and both biases start at 0. TopK and this start: Group-SAE
     (arXiv 2410.21508 v2, section 3) after Gao et al. 2024 (arXiv 2406.04093).
 
-    Parameters
-    ----------
-    config
-        Sizes and member layers.
-    mean
-        m_l for each member layer, in their order; zeros if left out.
-    scale
-        s_l for each member layer, > 0; ones if left out.
-    generator
-        Source of the random start.
+    Args:
+        config: Sizes and member layers.
+        mean: m_l for each member layer, in their order; zeros if left out.
+        scale: s_l for each member layer, > 0; ones if left out.
+        generator: Source of the random start.
     """
 
     def __init__(
@@ -73,7 +68,7 @@ class SAE(nn.Module):
         config: SAEConfig,
         *,
         mean: Float[Tensor, "layer d_model"] | None = None,
-        scale: Float[Tensor, "layer"] | None = None,
+        scale: Float[Tensor, " layer"] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -160,10 +155,9 @@ class SAE(nn.Module):
     def load(cls, directory: Path | str, device: str | torch.device = "cpu") -> SAE:
         """Read an SAE that :meth:`save` wrote.
 
-        Raises
-        ------
-        InputError
-            If the folder holds no SAE, or one whose weights do not fit its configuration.
+        Raises:
+            InputError: If the folder holds no SAE, or one whose weights do not fit its
+                configuration.
         """
         directory = Path(directory)
         try:

@@ -13,13 +13,10 @@ from torch import Tensor
 class Latents:
     """The at most k active latents of each token; every other latent is zero.
 
-    Attributes
-    ----------
-    values
-        Activations, all >= 0. A zero fills the place of a latent that is not active: fewer than k
-        pre-activations were positive.
-    indices
-        Which latents, in [0, d_sae); in no particular order within a token.
+    Attributes:
+        values: Activations, all >= 0. A zero fills the place of a latent that is not active: fewer
+            than k pre-activations were positive.
+        indices: Which latents, in [0, d_sae); in no particular order within a token.
     """
 
     values: Float[Tensor, "*token k"]

@@ -33,9 +33,10 @@ class NormLimit:
     multiple: float
     mean_norm: Mapping[int, float] = field(default_factory=dict)
 
-    def exceeded(self, x: Float[Tensor, "token d_model"], layer: int) -> Bool[Tensor, "token"]:
+    def exceeded(self, x: Float[Tensor, "token d_model"], layer: int) -> Bool[Tensor, " token"]:
         """Which of these residual streams of `layer` are too long."""
-        return x.norm(dim=-1) > self.multiple * self.mean_norm[layer]
+        norm: Tensor = torch.linalg.vector_norm(x, dim=-1)
+        return norm > self.multiple * self.mean_norm[layer]
 
 
 class MixedBatches:
@@ -48,22 +49,14 @@ class MixedBatches:
     batch mixes the tokens of many contexts. All SAEs share the draw of rows: the n-th row of the
     n-th batch is the same token for groups and baseline alike.
 
-    Parameters
-    ----------
-    saes
-        By name; every SAE takes part in every batch.
-    total_tokens
-        Tokens to hand out in all. No more text is read than that takes.
-    batch_tokens, buffer_tokens
-        Size of a batch, and of the buffer that it is drawn from.
-    contexts
-        Contexts in one forward of the host model.
-    special
-        Token ids to leave out.
-    norm_limit
-        Leaves out tokens of extraordinary norm; None keeps them.
-    seed
-        Of the layer draws and of the shuffling.
+    Args:
+        saes: By name; every SAE takes part in every batch.
+        total_tokens: Tokens to hand out in all. No more text is read than that takes.
+        batch_tokens, buffer_tokens: Size of a batch, and of the buffer that it is drawn from.
+        contexts: Contexts in one forward of the host model.
+        special: Token ids to leave out.
+        norm_limit: Leaves out tokens of extraordinary norm; None keeps them.
+        seed: Of the layer draws and of the shuffling.
     """
 
     def __init__(
@@ -96,10 +89,8 @@ class MixedBatches:
     def next(self) -> dict[str, Float[Tensor, "token d_model"]]:
         """The next mixed batch of normalised activations, by SAE.
 
-        Raises
-        ------
-        EndOfText
-            If the text is used up before the buffer holds a batch.
+        Raises:
+            EndOfText: If the text is used up before the buffer holds a batch.
         """
         while self.filled < self.buffer_tokens:
             missing = self.total_tokens - self.handed_out - self.filled
@@ -179,7 +170,7 @@ class MixedBatches:
         self.excluded.long += len(kept) - added
         self.excluded.kept += added
 
-    def _draw_members(self, tokens: int, members: int) -> Int[Tensor, "token"]:
+    def _draw_members(self, tokens: int, members: int) -> Int[Tensor, " token"]:
         if members == 1:  # no draw: a baseline's tokens must not depend on the groups beside it
             return torch.zeros(tokens, dtype=torch.long)
         return torch.randint(members, (tokens,), generator=self._layer_draws)
@@ -192,13 +183,13 @@ class MixedBatches:
         rows = (rows + self.filled).to(x.device)
         self.buffer[index].index_copy_(0, rows, sae.normalize(chosen, layer))
 
-    def _drop(self, too_long: Bool[Tensor, "token"]) -> int:
+    def _drop(self, too_long: Bool[Tensor, " token"]) -> int:
         """Close up the new rows over those that are too long; returns how many stay."""
         keep = (~too_long).nonzero().squeeze(1)
         self.buffer[:, self.filled : self.filled + len(keep)] = self.buffer[:, self.filled + keep]
         return len(keep)
 
-    def _close_gaps(self, taken: Int[Tensor, "token"]) -> None:
+    def _close_gaps(self, taken: Int[Tensor, " token"]) -> None:
         """Move rows from the filled end into the places of those taken."""
         left = self.filled - len(taken)
         is_taken = torch.zeros(self.filled, dtype=torch.bool, device=taken.device)

@@ -30,12 +30,9 @@ class Checkpoints:
     counters, random states, the shuffle buffer and the data cursor, as one safetensors file and
     one JSON file with its checksum.
 
-    Parameters
-    ----------
-    directory
-        Where they lie; made when the first is written.
-    kept
-        How many of the newest stay.
+    Args:
+        directory: Where they lie; made when the first is written.
+        kept: How many of the newest stay.
     """
 
     def __init__(self, directory: Path, kept: int = 2) -> None:
@@ -76,9 +73,7 @@ class Checkpoints:
             shutil.rmtree(old)
         return final
 
-    def restore(
-        self, learners: Mapping[str, Learner], batches: MixedBatches
-    ) -> tuple[int, float]:
+    def restore(self, learners: Mapping[str, Learner], batches: MixedBatches) -> tuple[int, float]:
         """Load the newest valid checkpoint; returns its step and seconds, (0, 0.0) if none."""
         for directory in self._newest_first():
             state = _valid_state(directory)

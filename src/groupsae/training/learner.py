@@ -35,7 +35,7 @@ class Learner:
             eps=config.adam_epsilon,
             fused=True,
         )
-        self.silent_tokens: Int[Tensor, "d_sae"] = torch.zeros(
+        self.silent_tokens: Int[Tensor, " d_sae"] = torch.zeros(
             sae.config.d_sae, dtype=torch.long, device=sae.W_enc.device
         )
         self._sums: dict[str, Float[Tensor, ""]] = {}

@@ -18,19 +18,13 @@ Record = dict[str, Any]
 def open_tracker(name: str, path: Path, config: Config) -> Iterator[Callable[[Record], None]]:
     """Yield a function that takes one record of metrics.
 
-    Parameters
-    ----------
-    name
-        "none", "wandb" or "tensorboard".
-    path
-        The JSON lines file that each record is appended to.
-    config
-        Sent to the tracker as the run's settings.
+    Args:
+        name: "none", "wandb" or "tensorboard".
+        path: The JSON lines file that each record is appended to.
+        config: Sent to the tracker as the run's settings.
 
-    Raises
-    ------
-    InputError
-        If the tracker's package is not installed.
+    Raises:
+        InputError: If the tracker's package is not installed.
     """
     with path.open("a", encoding="utf-8") as file, _TRACKERS[name](path.parent, config) as send:
 
@@ -85,6 +79,6 @@ def _named(values: Record) -> dict[str, float]:
 
 def _missing(package: str) -> InputError:
     return InputError(
-        f"training.tracker: {package} is not installed; `pip install 'groupsae[{package}]'`, or set "
-        "training.tracker=none"
+        f"training.tracker: {package} is not installed; `pip install 'groupsae[{package}]'`, "
+        "or set training.tracker=none"
     )

@@ -26,13 +26,10 @@ def train(
 ) -> None:
     """Train every SAE for `config.steps` steps, from the newest checkpoint if there is one.
 
-    Parameters
-    ----------
-    learners
-        By SAE name; the same names as in `batches`.
-    log
-        Takes one record per SAE every `config.log_every` steps and at the end: step, tokens, sae,
-        seconds, and the means since the last one.
+    Args:
+        learners: By SAE name; the same names as in `batches`.
+        log: Takes one record per SAE every `config.log_every` steps and at the end: step, tokens,
+            sae, seconds, and the means since the last one.
     """
     start, seconds_before = checkpoints.restore(learners, batches)
     began = time.monotonic() - seconds_before
@@ -51,16 +48,15 @@ def train(
             note = ""
             if step % config.log_every == 0 or step == config.steps:
                 batches.check_finite()
-                seconds = time.monotonic() - began
+                seconds = round(time.monotonic() - began, 3)
                 tokens = step * config.batch_tokens
-                records = [
-                    {"step": step, "tokens": tokens, "sae": name, "seconds": round(seconds, 3)}
-                    | learner.metrics()
-                    for name, learner in learners.items()
-                ]
-                for record in records:
-                    log(record)
-                note = f"mean FVU {sum(record['fvu'] for record in records) / len(records):.4f}"
+                fvu = 0.0
+                for name, learner in learners.items():
+                    when = {"step": step, "tokens": tokens, "sae": name, "seconds": seconds}
+                    metrics = learner.metrics()
+                    log(when | metrics)
+                    fvu += metrics["fvu"] / len(learners)
+                note = f"mean FVU {fvu:.4f}"
             bar.advance(config.batch_tokens, note)
 
             if step % config.checkpoint_every == 0 and step < config.steps:

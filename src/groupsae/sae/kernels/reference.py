@@ -20,21 +20,14 @@ from groupsae.sae.sparsity import topk
 class StepResult:
     """What one step's forward and backward pass gave. All of it stays on the device.
 
-    Attributes
-    ----------
-    gradients
-        By parameter name: W_enc, b_enc, W_dec, b_dec.
-    fvu
-        Fraction of variance unexplained: the batch's sum of squared errors over its sum of squares
-        about the batch mean.
-    auxk
-        The auxiliary loss, before its weight; 0 where no latent is dead.
-    loss
-        fvu + auxk_weight * auxk.
-    l0
-        Mean number of active latents.
-    fired
-        Which latents were active on at least one token.
+    Attributes:
+        gradients: By parameter name: W_enc, b_enc, W_dec, b_dec.
+        fvu: Fraction of variance unexplained: the batch's sum of squared errors over its sum of
+            squares about the batch mean.
+        auxk: The auxiliary loss, before its weight; 0 where no latent is dead.
+        loss: fvu + auxk_weight * auxk.
+        l0: Mean number of active latents.
+        fired: Which latents were active on at least one token.
     """
 
     gradients: dict[str, Tensor]
@@ -42,14 +35,14 @@ class StepResult:
     fvu: Float[Tensor, ""]
     auxk: Float[Tensor, ""]
     l0: Float[Tensor, ""]
-    fired: Bool[Tensor, "d_sae"]
+    fired: Bool[Tensor, " d_sae"]
 
 
 def step(
     sae: SAE,
     x: Float[Tensor, "token d_model"],
     *,
-    dead: Bool[Tensor, "d_sae"] | None = None,
+    dead: Bool[Tensor, " d_sae"] | None = None,
     auxk_weight: float = 1 / 32,
 ) -> StepResult:
     """Loss and gradients of a TopK SAE on a mixed batch of normalised activations.
@@ -61,12 +54,9 @@ def step(
     are dead all of them are used and the loss shrinks in proportion, as in EleutherAI's sparsify,
     on which the published code is built.
 
-    Parameters
-    ----------
-    dead
-        Latents that count as dead. None or none dead: no auxiliary loss.
-    auxk_weight
-        Weight of AuxK; Gao et al. use 1/32.
+    Args:
+        dead: Latents that count as dead. None or none dead: no auxiliary loss.
+        auxk_weight: Weight of AuxK; Gao et al. use 1/32.
     """
     parameters = dict(sae.named_parameters())
     with torch.enable_grad():
@@ -95,7 +85,7 @@ def _auxk(
     sae: SAE,
     pre_activations: Float[Tensor, "token d_sae"],
     residual: Float[Tensor, "token d_model"],
-    dead: Bool[Tensor, "d_sae"],
+    dead: Bool[Tensor, " d_sae"],
 ) -> Float[Tensor, ""]:
     which = dead.nonzero().squeeze(1)
     wanted = max(sae.config.d_model // 2, 1)
