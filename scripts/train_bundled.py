@@ -146,8 +146,10 @@ def parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
 
 
 def save_tokenizer(folder: Path) -> None:
-    """Byte-level BPE on the bundled English until every word is one token; numbers in pairs of
-    digits, so that a year is its century and two digits."""
+    """Byte-level BPE on the bundled English until every word is one token.
+
+    Numbers come in pairs of digits, so that a year is its century and two digits.
+    """
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r" ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -177,8 +179,10 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def save_model(model: GPTNeoXForCausalLM, folder: Path) -> None:
-    """Weights in float16, which keeps three bits more than bfloat16 and whose range they need not
-    leave; the config asks for float32, so that they are computed with in full precision."""
+    """Writes the weights in float16, which keeps three bits more than bfloat16.
+
+    The config asks for float32, so that whoever loads them computes in full precision.
+    """
     halves = {name: weight.to(torch.float16) for name, weight in model.state_dict().items()}
     model.config.use_cache = True
     model.save_pretrained(folder, state_dict=halves)
@@ -282,8 +286,9 @@ with their first year, subjects with the word beside them) that the training tex
 {by_case}
 
 An answer is right where the logit of the right one exceeds that of the wrong one; in Greater-Than,
-where the likeliest token of all is a later year. "later minus earlier" is no accuracy but the mean
-probability of later years less that of the others.
+where the likeliest token of all is a later year. There, "later minus earlier" is no accuracy but
+the mean probability of later years less that of the others, and "next over same" is how often the
+year after the first has a higher logit than the first year itself.
 """
 
 

@@ -16,8 +16,9 @@ from rich.table import Table
 
 from groupsae import __version__
 from groupsae.config import Config, keys
+from groupsae.directory import stored_config
 from groupsae.errors import InputError
-from groupsae.run import Run, grouped, stored_config
+from groupsae.run import Run, cost_model, covered_layers, grouped
 
 if TYPE_CHECKING:
     from groupsae.grouping.table import PartitionTable
@@ -233,26 +234,17 @@ def _show_evaluation(rows: list[dict[str, Any]]) -> None:
 
 
 def _show_plan(config: Config) -> None:
-    from groupsae.grouping.cost import CostModel
-
     n_layers, d_model = config.host.n_layers, config.host.d_model
     if n_layers is None or d_model is None:
         from groupsae.host.model import HostModel
 
         host = HostModel.load(config.host.name, revision=config.host.revision)
         n_layers, d_model = host.n_layers, host.d_model
-    d_sae = config.sae.width(d_model)
-    cost = CostModel(
-        d_model=d_model,
-        n_layers=n_layers,
-        context_length=config.tokens.context_length,
-        d_sae=d_sae,
-    )
-    asked = config.grouping.layers
-    layers = {"all_but_last": n_layers - 1, "all": n_layers}.get(str(asked)) or len(asked)
+    cost = cost_model(config, n_layers, d_model)
+    layers = len(covered_layers(config, n_layers))
     tokens = config.training.tokens
     out.print(
-        f"{config.host.name}: {n_layers} layers, d_model = {d_model}, d_sae = {d_sae}, "
+        f"{config.host.name}: {n_layers} layers, d_model = {d_model}, d_sae = {cost.d_sae}, "
         f"{tokens:,} tokens, {config.training.steps:,} steps of {config.training.batch_tokens:,}; "
         f"host forward A = {cost.forward_flops * tokens / 1e15:,.2f} PFLOP, "
         f"one SAE T = {cost.sae_flops * tokens / 1e15:,.2f} PFLOP",

@@ -11,7 +11,6 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from groupsae.errors import InputError
 from groupsae.grouping.distance import AngularDistances, LayerMoments, Moments
 from groupsae.grouping.matrix import Distances
 from groupsae.host.model import HostModel
@@ -88,26 +87,6 @@ def measure_layers(
     moments = second.result()
     read = contexts * stream.context_length
     return Measurement(distances.result(), moments, excluded=read - moments.tokens)
-
-
-def affine(
-    moments: Moments, layers: Sequence[int], kind: str
-) -> tuple[Float[Tensor, "member d_model"], Float[Tensor, " member"]]:
-    """Mean m_l and scale s_l of each member layer of an SAE.
-
-    Args:
-        layers: The member layers.
-        kind: "scale": m_l = 0 and s_l = 1 / mean ||x|| (Group-SAE v2); "center": the layer's mean,
-            and s_l = 1 / mean ||x - m_l||; "none": m_l = 0 and s_l = 1.
-    """
-    rows = [moments.layers.index(layer) for layer in layers]
-    mean, mean_norm = moments.mean[rows], moments.mean_norm[rows]
-    if kind == "center":
-        if moments.mean_centered_norm is None:
-            raise InputError("sae.affine: 'center' needs norms about the mean; measure them")
-        return mean.float(), (1 / moments.mean_centered_norm[rows]).float()
-    scale = 1 / mean_norm if kind == "scale" else torch.ones_like(mean_norm)
-    return torch.zeros_like(mean).float(), scale.float()
 
 
 def save_moments(moments: Moments, path: Path) -> None:

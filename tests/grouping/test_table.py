@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from groupsae.errors import InputError
@@ -66,6 +66,7 @@ def test_the_table_holds_every_number_of_groups_with_its_measures(
 
 
 @given(any_matrix())
+@settings(max_examples=40)
 def test_optimal_is_never_wider_than_linkage_or_even_cuts(matrix: np.ndarray) -> None:
     distances = Distances.from_matrix(matrix)
     tables = {
@@ -151,6 +152,12 @@ def test_partition_json_has_the_keys_that_other_scripts_read() -> None:
 def test_a_table_survives_json(matrix: np.ndarray, costed: bool) -> None:
     distances = Distances.from_matrix(matrix)
     table = group_layers(distances, threshold=0.1, cost=COST if costed else None)
+    assert PartitionTable.from_json(json.loads(json.dumps(table.to_json()))) == table
+
+
+def test_a_table_without_measures_survives_json() -> None:
+    table = group_layers(None, layers=[2, 4, 6], method="even", groups=2)
+    assert (table.threshold, table.by_groups[2].largest_diameter) == (None, None)
     assert PartitionTable.from_json(json.loads(json.dumps(table.to_json()))) == table
 
 

@@ -20,9 +20,7 @@ from groupsae.host.bundled import words
 from groupsae.host.bundled.tasks import accuracies
 
 TASKS = ("ioi", "greater_than", "subject_verb")
-PARTS_OF_SPEECH = set(
-    "ADJ ADP ADV AUX CCONJ DET NOUN NUM PART PRON PROPN PUNCT SCONJ VERB".split()
-)
+PARTS_OF_SPEECH = set("ADJ ADP ADV AUX CCONJ DET NOUN NUM PART PRON PROPN PUNCT SCONJ VERB".split())
 HELD_OUT_SEED = 1_000_000
 
 documents = st.builds(bundled.document, st.integers(0, 100_000), st.integers(0, 1000))
@@ -107,7 +105,9 @@ def test_attributes_agree_with_the_text(document: bundled.Document) -> None:
             assert has["gender"] == "male"
         if word in ("she", "her"):
             assert has["gender"] == "female"
-        assert (word in ("he", "him", "his", "she", "her", "it")) <= ("entity" in has or word == "it")
+        assert (word in ("he", "him", "his", "she", "her", "it")) <= (
+            "entity" in has or word == "it"
+        )
 
 
 @given(documents)
@@ -167,7 +167,9 @@ def test_held_out_combinations_never_occur() -> None:
         }
         if "year" not in document.text:  # chronicles name people one by one
             assert not any(words.held_out_names(a, b) for a, b in combinations(people, 2))
-        for event, first in re.findall(r"[Tt]he (\w+)(?: of \w+)? \w+(?: on)? (?:from|in) the year (\d+)", document.text):
+        for event, first in re.findall(
+            r"[Tt]he (\w+)(?: of \w+)? \w+(?: on)? (?:from|in) the year (\d+)", document.text
+        ):
             assert not words.held_out("period", event, int(first))
 
 

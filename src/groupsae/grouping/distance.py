@@ -236,8 +236,8 @@ def _pairwise_angles(
 ) -> Float64[Tensor, "token pair"]:
     """Angle / pi between two layers' vectors, for each token and pair of layers."""
     products = torch.bmm(vectors, vectors.mT)
-    tiny = torch.finfo(torch.float64).tiny  # 0 / tiny = 0: a zero vector is orthogonal to all
-    norms = products.diagonal(dim1=1, dim2=2).sqrt().clamp(min=tiny)
+    squares = products.diagonal(dim1=1, dim2=2)
+    norms = squares.clamp(min=torch.finfo(torch.float64).tiny).sqrt()  # 0 / tiny is orthogonal
     cosines = products[:, rows, columns] / (norms[:, rows] * norms[:, columns])
     return cosines.clamp_(-1, 1).acos_() / math.pi
 

@@ -166,7 +166,7 @@ class PartitionTable:
         }
 
     @classmethod
-    def from_json(cls, data: object, source: str = "partition.json") -> PartitionTable:
+    def from_json(cls, data: Any, source: str = "partition.json") -> PartitionTable:
         """The table from the parsed content of a `partition.json`; unknown keys are left alone.
 
         Raises:
@@ -237,8 +237,8 @@ def _get(data: object, key: str, kind: type, source: str, *, optional: bool = Fa
     return value
 
 
-def _number(data: object, key: str, source: str) -> float | None:
-    value = data.get(key) if isinstance(data, dict) else None
+def _number(data: dict[str, Any], key: str, source: str) -> float | None:
+    value = data.get(key)
     if value is None:
         return None
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):

@@ -105,6 +105,7 @@ _UNIT_NAMES = {
     "M": " (millions)",
     "G": " (billions)",
     "T": " (trillions)",
+    "P": " (quadrillions)",
 }
 
 _P = ParamSpec("_P")
@@ -530,10 +531,7 @@ def _matrix(distances: Mapping[str, Any]) -> Floats:
 
 
 def _contiguous_linkage(matrix: Floats) -> Floats:
-    """Scipy's linkage matrix: join the two neighbours whose union has the smallest diameter, etc.
-
-    Scipy itself would join layers that are no neighbours.
-    """
+    """The linkage matrix, as scipy has it, of complete linkage in which only neighbours join."""
     n_layers = len(matrix)
     runs = [(at, at, at + 1) for at in range(n_layers)]  # node, first layer, one past the last
     links: list[list[float]] = []

@@ -49,7 +49,7 @@ def sae_label(name: str) -> str:
 
 def si_scale(largest: float) -> tuple[float, str]:
     """The power of 1000 that brings `largest` to between 1 and 1000, and its SI prefix."""
-    for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for scale, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if largest >= scale:
             return scale, prefix
     return 1.0, ""

@@ -15,18 +15,23 @@ Record = dict[str, Any]
 
 
 @contextmanager
-def open_tracker(name: str, path: Path, config: Config) -> Iterator[Callable[[Record], None]]:
+def open_tracker(
+    name: str, directory: Path, step: int, config: Config
+) -> Iterator[Callable[[Record], None]]:
     """Yield a function that takes one record of metrics.
 
     Args:
         name: "none", "wandb" or "tensorboard".
-        path: The JSON lines file that each record is appended to.
+        directory: The run's; holds `metrics.jsonl`, to which each record is appended.
+        step: Where training continues; lines of later steps are dropped first.
         config: Sent to the tracker as the run's settings.
 
     Raises:
         InputError: If the tracker's package is not installed.
     """
-    with path.open("a", encoding="utf-8") as file, _TRACKERS[name](path.parent, config) as send:
+    path = directory / "metrics.jsonl"
+    _keep_until(path, step)
+    with path.open("a", encoding="utf-8") as file, _TRACKERS[name](directory, config) as send:
 
         def record(values: Record) -> None:
             file.write(json.dumps(values) + "\n")
@@ -82,3 +87,11 @@ def _missing(package: str) -> InputError:
         f"training.tracker: {package} is not installed; `pip install 'groupsae[{package}]'`, "
         "or set training.tracker=none"
     )
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step`, and a last line that was cut off."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        path.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from groupsae.errors import InputError
+from groupsae.report.artefacts import read_run
+from tests.report.synthetic_run import write_run
+
+
+@pytest.fixture
+def run_directory(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run", n_layers=3, chosen=2, steps=60)
+
+
+def test_everything_is_read(run_directory: Path) -> None:
+    run = read_run(run_directory)
+    assert run.section("host")["name"] == "bundled"
+    assert run.distances is not None
+    assert run.partition is not None
+    assert run.reconstruction is not None
+    assert len(run.metrics) == 3 * (2 + 3)
+    assert [sae["folder"] for sae in run.saes][:3] == [
+        f"saes/{path.name}" for path in sorted((run_directory / "saes").glob("layers-*"))
+    ] + ["saes/baseline/layers-00"]
+
+
+def test_what_is_missing_is_none_or_empty(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("host: {name: x}\n")
+    run = read_run(tmp_path)
+    assert run.distances is run.partition is run.reconstruction is None
+    assert not run.metrics
+    assert not run.saes
+    assert run.section("tokens") == {}
+
+
+def test_a_stage_of_an_earlier_config_is_passed_over(run_directory: Path) -> None:
+    stages = json.loads((run_directory / "stages.json").read_text())
+    del stages["evaluate"]
+    (run_directory / "stages.json").write_text(json.dumps(stages))
+    run = read_run(run_directory)
+    assert run.reconstruction is None
+    assert run.partition is not None
+
+
+def test_a_line_that_was_cut_short_by_a_kill_is_passed_over(run_directory: Path) -> None:
+    path = run_directory / "metrics.jsonl"
+    whole = read_run(run_directory).metrics
+    path.write_text(path.read_text() + '{"step": 80, "tok')
+    assert read_run(run_directory).metrics == whole
+
+
+def test_of_a_step_that_was_logged_twice_the_later_line_counts(run_directory: Path) -> None:
+    path = run_directory / "metrics.jsonl"
+    again = json.loads(path.read_text().splitlines()[-1]) | {"fvu": 0.123}
+    path.write_text(path.read_text() + json.dumps(again) + "\n")
+    lines = [line for line in read_run(run_directory).metrics if line["sae"] == again["sae"]]
+    assert [line["step"] for line in lines] == [20, 40, 60]
+    assert lines[-1]["fvu"] == 0.123
+
+
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere does not exist"):
+        read_run(tmp_path / "nowhere")
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "holiday.txt").touch()
+    with pytest.raises(InputError, match="is no run directory"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.yaml", "host: [", "is not YAML"),
+        ("config.yaml", "[1]", "not sections"),
+        ("distances.json", "{", "is not JSON"),
+        ("distances.json", "[]", "not an object"),
+        ("distances.json", '{"layers": [0, 1]}', "'matrix' is missing"),
+        ("distances.json", '{"layers": [0, 1], "matrix": [[0, 1]]}', "not 2 x 2"),
+        ("distances.json", '{"layers": [0], "matrix": [["a"]]}', "no number"),
+        ("partition.json", '{"layers": [0], "by_groups": {}, "chosen": 1}', "lacks"),
+        (
+            "partition.json",
+            '{"layers": [0], "chosen": 1, "by_groups": {"1": {"groups": [["0"]]}}}',
+            "list of layers",
+        ),
+        (
+            "partition.json",
+            '{"layers": [0], "chosen": 1, "by_groups": {"1": {"groups": [[]]}}}',
+            "list of layers",
+        ),
+        ("partition.json", '{"layers": [0], "by_groups": {"1": {}}, "chosen": 1}', "'groups'"),
+        ("partition.json", '{"layers": [0], "by_groups": {"x": {}, "1": {}}, "chosen": 1}', "'x'"),
+        ("metrics.jsonl", "nonsense\n", "line 1 is not JSON"),
+        ("metrics.jsonl", "[]\n", "line 1 is no object"),
+        ("metrics.jsonl", '{"sae": "x"}\n', "'step' is missing"),
+        ("evaluation/reconstruction.json", "{}", "'rows' is missing"),
+        ("evaluation/reconstruction.json", '{"rows": [1]}', "no object"),
+        ("evaluation/reconstruction.json", '{"rows": [{"layer": true}]}', "'layer' is a bool"),
+        (
+            "evaluation/reconstruction.json",
+            '{"rows": [{"layer": 0, "partition": "groups", "group": "ab"}]}',
+            "'group' is a str",
+        ),
+        ("saes/layers-00/cfg.json", '{"layers": null}', "'layers' is a NoneType"),
+    ],
+)
+def test_a_broken_artefact_is_named(
+    run_directory: Path, name: str, content: str, message: str
+) -> None:
+    path = run_directory / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    with pytest.raises(InputError) as caught:
+        read_run(run_directory)
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_a_file_that_is_not_text_is_named(run_directory: Path) -> None:
+    shutil.rmtree(run_directory / "saes")
+    (run_directory / "distances.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match=r"distances\.json cannot be read"):
+        read_run(run_directory)

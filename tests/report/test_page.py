@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from groupsae.errors import InputError
+from groupsae.report import write_report
+from tests.report.conftest import HOSTILE
+from tests.report.synthetic_run import write_run
+
+FIGURES = {
+    "amad_and_cost",
+    "dendrogram",
+    "distance_heatmap",
+    "latent_density",
+    "per_layer",
+    "training_curves",
+}
+
+
+class Page(HTMLParser):
+    """Every element's attributes, all text, and the rows of each table."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: dict[str | None, list[list[str]]] = {}
+        self.text = ""
+        self._table: list[list[str]] | None = None
+        self._in_cell = False
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attributes)))
+        if tag == "table":
+            self._table = self.tables.setdefault(dict(attributes).get("id"), [])
+        elif tag == "tr" and self._table is not None:
+            self._table.append([])
+        elif tag in ("td", "th") and self._table:
+            self._table[-1].append("")
+            self._in_cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self._in_cell = False
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self._in_cell and self._table:
+            self._table[-1][-1] += data.strip()
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    directory = write_run(tmp_path_factory.mktemp("run"), n_layers=5, chosen=2)
+    return Page(write_report(directory, formats=()))
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# The files.
+
+
+def test_every_figure_is_written_in_every_format(hostile_page: Path) -> None:
+    written = {path.name for path in (hostile_page.parent / "figures").iterdir()}
+    assert written == {f"{name}.{form}" for name in FIGURES for form in ("pdf", "png")}
+    assert not list(hostile_page.parent.glob("*.partial"))
+
+
+def test_svg_files_can_be_asked_for(tmp_path: Path) -> None:
+    directory = write_run(tmp_path, n_layers=2, chosen=1, baseline=False, steps=20)
+    for name in ("metrics.jsonl", "evaluation/reconstruction.json", "distances.json"):
+        (directory / name).unlink()
+    write_report(directory, formats=("svg",))
+    assert [path.name for path in (directory / "figures").iterdir()] == ["amad_and_cost.svg"]
+
+
+def test_an_unknown_format_is_refused_before_any_work(finished_run: Path) -> None:
+    with pytest.raises(InputError, match=r"report\.formats: 'gif' is unknown; .*pdf, png, svg"):
+        write_report(finished_run, formats=("gif",))
+    assert not (finished_run / "report.html").exists()
+
+
+def test_a_disk_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("host: {name: x}\n")
+    (tmp_path / "figures").write_text("a file where the folder should be")
+    with pytest.raises(InputError, match="cannot be written"):
+        write_report(tmp_path)
+
+
+def test_importing_the_report_imports_no_matplotlib() -> None:
+    code = "import sys, groupsae.report; print('matplotlib' in sys.modules, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+# Self-contained.
+
+
+def test_the_page_loads_nothing(page: Page) -> None:
+    assert "http://" not in page.source.replace("http-equiv", "")
+    assert "https://" not in page.source
+    assert not page.all("link")
+    assert not page.all("iframe")
+    assert all(image["src"].startswith("data:image/svg+xml;base64,") for image in page.all("img"))
+    assert all("src" not in script for script in page.all("script"))
+    assert "url(" not in page.source
+    assert "@import" not in page.source
+
+
+def test_the_security_policy_allows_our_script_alone(page: Page) -> None:
+    policy = next(
+        meta["content"]
+        for meta in page.all("meta")
+        if meta.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert "default-src 'none'" in policy
+    assert "script-src 'sha256-" in policy
+    (script,) = re.findall(r"<script>(.*?)</script>", page.source, flags=re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"'sha256-{digest}'" in policy
+
+
+def test_the_figures_are_drawings_without_scripts_or_links(page: Page) -> None:
+    for image in page.all("img"):
+        svg = base64.b64decode(image["src"].partition(",")[2]).decode()
+        assert "<script" not in svg
+        references = re.findall(r'(?:href|src)="([^"]*)"', svg)
+        assert all(re.match(r"#|data:image/png", reference) for reference in references)
+
+
+def test_the_page_is_small(page: Page) -> None:
+    assert len(page.source) < 3_000_000
+
+
+# Accessible.
+
+
+def test_images_have_words_and_headings_descend_in_steps(page: Page) -> None:
+    assert len(page.all("img")) == len(FIGURES)
+    assert all(len(image["alt"]) > 30 for image in page.all("img"))
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
+    assert page.all("html")[0]["lang"] == "en"
+
+
+def test_ids_are_unique_and_links_lead_somewhere(page: Page) -> None:
+    ids = [attributes["id"] for _, attributes in page.elements if attributes.get("id")]
+    assert len(ids) == len(set(ids))
+    inner = [link["href"][1:] for link in page.all("a") if link["href"].startswith("#")]
+    assert inner
+    assert set(inner) <= set(ids)
+
+
+# What it says.
+
+
+def test_the_table_holds_every_layer_and_the_means(tmp_path: Path) -> None:
+    directory = write_run(tmp_path, n_layers=3, chosen=2, steps=20)
+    rows = json.loads((directory / "evaluation" / "reconstruction.json").read_text())["rows"]
+    table = Page(write_report(directory, formats=())).tables["comparison"]
+    r2 = {(row["partition"], row["layer"]): row["r2"] for row in rows}
+    body, mean = table[2:-1], table[-1]
+    assert [cells[0] for cells in body] == ["0", "1", "2"]
+    for layer, cells in enumerate(body):
+        ours, theirs = r2["groups", layer], r2["baseline", layer]
+        difference = f"{ours - theirs:+.4f}".replace("-", "−")
+        assert cells[5:8] == [f"{ours:.4f}", f"{theirs:.4f}", difference]
+    assert mean[0] == "Mean"
+    assert mean[4] == f"{sum(r2['groups', layer] for layer in range(3)) / 3:.4f}"
+
+
+def test_missing_values_show_as_dashes(tmp_path: Path) -> None:
+    directory = write_run(tmp_path, n_layers=3, chosen=2, steps=20)
+    path = directory / "evaluation" / "reconstruction.json"
+    rows = json.loads(path.read_text())["rows"]
+    rows[0] |= {"r2": None, "l2": math.nan, "ce_loss_score": math.inf}
+    rewrite(path, rows=rows)
+    page = Page(write_report(directory, formats=()))
+    cells = page.tables["comparison"][2 + rows[0]["layer"]]
+    assert cells[2] == cells[5] == cells[8] == "–"  # the group's
+    assert cells[4] == cells[7] == cells[10] == "–"  # the differences
+    assert cells[3] != "–"
+    assert "nan" not in page.text.lower().replace("provenance", "")
+    assert "Means over the" in page.text or "Means and differences" in page.text
+
+
+def test_the_summary_quotes_the_artefacts(page: Page) -> None:
+    assert "Layers 0–4 of bundled were put into 2 groups" in page.text
+    assert "Each SAE was trained on 983,040 tokens." in page.text
+    assert "differences" in page.text
+    assert "% fewer FLOPs than one SAE per layer" in page.text
+
+
+def test_what_was_equal_and_what_was_excluded_is_said(page: Page) -> None:
+    assert "What was equal: training tokens per SAE (983,040), the same for all." in page.text
+    assert "Measured on 99,840 held-out tokens." in page.text
+    cells = [cells for table in page.tables.values() for cells in table]
+    assert ["distances", "special tokens", "160"] in cells
+    assert ["train", "special tokens", "2,040"] in cells
+    assert ["train", "long tokens", "0"] in cells
+
+
+def test_every_figure_has_a_definition(page: Page) -> None:
+    for term in ("Angular distance", "Height of a join", "AMAD(G)", "FVU", "R²", "Latent density"):
+        assert term in page.text
+    assert "mean KL divergence from the clean" in page.text  # the evaluation's own words
+
+
+def test_a_run_without_a_baseline_says_nothing_of_one(tmp_path: Path) -> None:
+    directory = write_run(tmp_path, n_layers=3, chosen=2, steps=20, baseline=False)
+    page = Page(write_report(directory, formats=()))
+    assert "no baseline" in page.text
+    assert "one SAE per layer reaches" not in page.text
+    assert all(cells[3] == "–" for cells in page.tables["comparison"][2:])
+
+
+def test_groups_that_were_given_are_said_to_be(tmp_path: Path) -> None:
+    directory = write_run(tmp_path, n_layers=4, chosen=2, steps=20)
+    path = directory / "partition.json"
+    entry = {"groups": [[0, 1, 2], [3]], "amad": None, "flops_per_token": None}
+    rewrite(path, method="explicit", threshold=None, by_groups={"2": entry})
+    page = Page(write_report(directory, formats=()))
+    assert "the groups were given" in page.text
+    assert "Predicted saving" not in page.text
+    assert "AMAD and predicted cost" not in page.text  # neither is known
+
+
+def test_a_single_layer_can_be_reported(tmp_path: Path) -> None:
+    directory = write_run(tmp_path, n_layers=1, chosen=1, steps=20)
+    page = Page(write_report(directory, formats=()))
+    assert "put into 1 group (" in page.text
+    assert "Linkage of the layers" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("artefact", "command"),
+    [
+        ("distances.json", "groupsae distances"),
+        ("partition.json", "groupsae groups"),
+        ("metrics.jsonl", "groupsae train"),
+        ("evaluation/reconstruction.json", "groupsae evaluate"),
+    ],
+)
+def test_a_missing_artefact_leaves_a_hint(tmp_path: Path, artefact: str, command: str) -> None:
+    directory = write_run(tmp_path, n_layers=3, chosen=2, steps=20)
+    (directory / artefact).unlink()
+    page = Page(write_report(directory, formats=()))
+    assert f"Not run yet: {command} " in page.text
+
+
+def test_a_run_that_has_only_begun_can_be_reported(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("host: {name: beginner}\n")
+    page = Page(write_report(tmp_path))
+    assert "No stage of this run has finished yet." in page.text
+    assert page.text.count("Not run yet") == 5
+    assert not page.all("img")
+
+
+# Nothing of a run is trusted.
+
+
+def test_markup_in_names_and_values_is_escaped(hostile_page: Path) -> None:
+    page = Page(hostile_page)
+    assert len(page.all("script")) == 1
+    assert HOSTILE not in page.source
+    assert page.text.count("document.title='pwned'") >= 3  # heading, summary and config, as text
+
+
+def test_markup_anywhere_in_the_artefacts_is_escaped(tmp_path: Path) -> None:
+    directory = write_run(tmp_path, n_layers=3, chosen=2, steps=20)
+    attack = "<img src=x onerror=alert(1)>"
+    rewrite(directory / "partition.json", method=attack)
+    rewrite(directory / "training.json", **{f"excluded_{attack}": 3})
+    rewrite(directory / "stages.json", **{attack: {"seconds": 1.0}})
+    rewrite(
+        directory / "evaluation" / "reconstruction.json",
+        equal=attack,
+        definitions={"r2": attack},
+    )
+    cfg = next((directory / "saes").glob("*/cfg.json"))
+    rewrite(cfg, architecture=attack, k=attack)
+    config = directory / "config.yaml"
+    config.write_text(config.read_text() + f"  '{attack}': '{attack}'\n")
+    metrics = directory / "metrics.jsonl"
+    line = json.loads(metrics.read_text().splitlines()[0])
+    metrics.write_text(metrics.read_text() + json.dumps(line | {"sae": attack}) + "\n")
+    page = Page(write_report(directory, formats=()))
+    assert page.text.count(attack) >= 8
+    assert all("onerror" not in image for image in page.all("img"))
+    assert len(page.all("img")) == len(FIGURES)
