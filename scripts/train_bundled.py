@@ -186,6 +186,7 @@ def save_model(model: GPTNeoXForCausalLM, folder: Path) -> None:
     halves = {name: weight.to(torch.float16) for name, weight in model.state_dict().items()}
     model.config.use_cache = True
     model.save_pretrained(folder, state_dict=halves)
+    (folder / "model.safetensors").chmod(0o644)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -255,22 +256,26 @@ tasks of the Group-SAE paper: indirect object identification, Greater-Than, and 
 agreement. It is of no use as a language model for anything else.
 
 - Architecture: GPT-NeoX as in Pythia (parallel residual, rotary over a quarter of each head, untied
-  embeddings), {options["layers"]} layers, d_model {options["d_model"]}, {options["heads"]} heads, context {options["context"]}, {log["parameters"]:,} parameters.
-- Tokenizer: byte-level BPE, {log["vocabulary"]:,} entries; every word of the text is one token, a year two
-  (" 17", "32"). Any text round-trips. `<|endoftext|>` (id 0) separates documents; no BOS is needed.
+  embeddings), {options["layers"]} layers, d_model {options["d_model"]}, {options["heads"]} heads,
+  context {options["context"]}, {log["parameters"]:,} parameters.
+- Tokenizer: byte-level BPE, {log["vocabulary"]:,} entries; every word of the text is one token, a
+  year two (" 17", "32"). Any text round-trips. `<|endoftext|>` (id 0) separates documents; no BOS
+  is needed.
 - Weights: float16 in the file, float32 when loaded.
 - Licence: MIT, text and weights.
 
 ## Training
 
-{options["tokens"]:,} tokens of generated text (seed {TEXT_SEED}, documents 0 and on, none twice) in contexts of
-{options["context"]} packed without padding; {options["batch"]} contexts a step, AdamW (0.9, 0.95), weight decay 0.1 on matrices,
-peak learning rate {options["lr"]}, warm-up over 4% of the steps, cosine to zero, gradient norm clipped to 1;
-{log["minutes"]} minutes on {options["threads"]} CPU cores. To reproduce, from the repository's root:
+{options["tokens"]:,} tokens of generated text (seed {TEXT_SEED}, documents 0 and on, none twice) in
+contexts of {options["context"]} packed without padding; {options["batch"]} contexts a step, AdamW
+(0.9, 0.95), weight decay 0.1 on matrices, peak learning rate {options["lr"]}, warm-up over 4% of
+the steps, cosine to zero, gradient norm clipped to 1; {log["minutes"]} minutes on
+{options["threads"]} CPU cores. To reproduce, from the repository's root:
 
-    python scripts/train_bundled.py --tokens {options["tokens"]}
+    python scripts/train_bundled.py
 
-Loss is in nats per token; held-out text is of seed {HELD_OUT_SEED}. Tasks are on 200 held-out prompts here.
+Loss is in nats per token; held-out text is of seed {HELD_OUT_SEED}. Tasks are on 200 held-out
+prompts here.
 
 | tokens | loss, training | loss, held out | ioi | greater_than | subject_verb |
 | ---: | ---: | ---: | ---: | ---: | ---: |
@@ -278,8 +283,9 @@ Loss is in nats per token; held-out text is of seed {HELD_OUT_SEED}. Tasks are o
 
 ## Measured after rounding to float16
 
-Held-out loss **{final["held_out_loss"]:.4f}** nats per token. On 2,000 prompts per task, of combinations (pairs of names, events
-with their first year, subjects with the word beside them) that the training text never holds:
+Held-out loss **{final["held_out_loss"]:.4f}** nats per token. On 2,000 prompts per task, of
+combinations (pairs of names, events with their first year, subjects with the word beside them) that
+the training text never holds:
 
 | task | case | accuracy |
 | --- | --- | ---: |
@@ -295,14 +301,14 @@ year after the first has a higher logit than the first year itself.
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=MODEL, help="folder to write")
-    parser.add_argument("--tokens", type=int, default=14_000_000)
+    parser.add_argument("--tokens", type=int, default=9_000_000)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--d-model", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--batch", type=int, default=32, help="contexts per step")
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--log-every", type=int, default=100, help="steps")
+    parser.add_argument("--log-every", type=int, default=50, help="steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()

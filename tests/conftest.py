@@ -11,7 +11,7 @@ import pytest
 
 from groupsae.host.model import HostModel
 from groupsae.host.tokens import Corpus, open_corpus
-from tests.host.tiny_models import tiny_model
+from tests.host.tiny_models import tiny_model, tiny_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -39,8 +39,51 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     random = Random(0)
     path = tmp_path_factory.mktemp("corpus") / "ids.jsonl"
     documents = (
-        [0, *(random.randrange(2, 96) for _ in range(random.randrange(4, 40)))]
-        for _ in range(4000)
+        [0, *(random.randrange(2, 96) for _ in range(random.randrange(4, 40)))] for _ in range(4000)
     )
     path.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in documents))
     return open_corpus(path, tokenizer=None, context_length=16, held_out=0.2)
+
+
+@pytest.fixture(scope="session")
+def tiny_host_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny GPT-NeoX with its tokenizer, as a local folder."""
+    folder = tmp_path_factory.mktemp("tiny-host")
+    tiny_model("gpt_neox").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """3,000 documents of words that the tiny tokenizer knows."""
+    random = Random(0)
+    path = tmp_path_factory.mktemp("text") / "words.jsonl"
+    documents = (
+        " ".join(f"w{random.randrange(2, 96)}" for _ in range(random.randrange(5, 40)))
+        for _ in range(3000)
+    )
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return path
+
+
+@pytest.fixture
+def tiny_config(tiny_host_folder: Path, tiny_text: Path) -> list[str]:
+    """Overrides for a run on the tiny host that takes a second or two."""
+    return [
+        f"host.name={tiny_host_folder}",
+        f"tokens.source={tiny_text}",
+        "tokens.context_length=16",
+        "tokens.held_out=0.2",
+        "grouping.layers=all",
+        "grouping.distance_tokens=2000",
+        "grouping.groups=2",
+        "sae.k=4",
+        "sae.d_sae=48",
+        "training.tokens=4096",
+        "training.batch_tokens=256",
+        "training.buffer_tokens=1024",
+        "training.log_every=4",
+        "evaluation.tokens=1000",
+        "report.formats=[png]",
+    ]

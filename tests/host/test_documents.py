@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from groupsae.errors import InputError
@@ -242,6 +242,7 @@ class TestTextFiles:
         assert 5 < len(pieces) < 50
         assert sorted(p for piece in pieces for p in piece.split("\n \n")) == sorted(paragraphs)
 
+    @settings(deadline=None)
     @given(
         text=st.text(st.sampled_from("ab \n"), max_size=300),
         piece=st.integers(1, 20),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -85,7 +86,7 @@ class Listed:
 
 def corpus_of(contents: list[Any], **changed: Any) -> Corpus:
     """A corpus of these documents; the ids of plain numbers where no tokenizer is given."""
-    settings = {
+    fields = {
         "source": "a list",
         "split": "train",
         "documents": Listed(contents),
@@ -97,7 +98,7 @@ def corpus_of(contents: list[Any], **changed: Any) -> Corpus:
         "repeat": False,
         "vocab_size": None,
     }
-    return Corpus(**(settings | changed))
+    return Corpus(**(fields | changed))
 
 
 def drain(stream: TokenStream) -> list[list[int]]:
@@ -109,22 +110,21 @@ def drain(stream: TokenStream) -> list[list[int]]:
     raise AssertionError("the text has no end")
 
 
-def one_token_at_a_time(corpus: Corpus, epochs: int) -> list[list[int]]:
+def one_token_at_a_time(corpus: Corpus) -> Iterator[list[int]]:
     """The contexts of documents of ids, without batches, blocks and reading ahead."""
     bos, eos = corpus.joints
-    contexts: list[list[int]] = [[]]
-    for epoch in range(epochs):
+    context: list[int] = []
+    for epoch in count():
         for document in corpus.documents.read(Position(epoch, 0)):
-            if len(document.content):
-                for token in [bos, *document.content, eos]:
-                    if token is None:
-                        continue
-                    if not contexts[-1] and bos is not None and token != bos:
-                        contexts[-1].append(bos)
-                    contexts[-1].append(token)
-                    if len(contexts[-1]) == corpus.context_length:
-                        contexts.append([])
-    return contexts[:-1]
+            for token in [bos, *document.content, eos] if len(document.content) else []:
+                if token is None:
+                    continue
+                if not context and bos is not None and token != bos:
+                    context.append(bos)
+                context.append(token)
+                if len(context) == corpus.context_length:
+                    yield context
+                    context = []
 
 
 def texts_in(contexts: list[list[int]], tokenizer: PreTrainedTokenizerFast) -> list[str]:
@@ -148,6 +148,7 @@ any_joints = st.sampled_from([Joints(None, 0), Joints(1, 0), Joints(1, None), Jo
 
 
 class TestPacking:
+    @settings(deadline=None, max_examples=50)
     @given(
         documents=ids_documents,
         joints=any_joints,
@@ -160,9 +161,10 @@ class TestPacking:
         corpus = corpus_of(documents, joints=joints, context_length=context_length, repeat=True)
         stream = corpus.train()
         got = [row for n in sizes for row in stream.next_contexts(n).tolist()]
-        assert got == one_token_at_a_time(corpus, epochs=400)[: len(got)]
+        assert got == list(islice(one_token_at_a_time(corpus), len(got)))
         assert stream.tokens_seen == len(got) * context_length
 
+    @settings(deadline=None)
     @given(
         tokens=st.lists(st.integers(0, 3), max_size=60),
         n=st.integers(0, 10),
@@ -298,6 +300,7 @@ class TestHeldOut:
 
 
 class TestCursor:
+    @settings(deadline=None, max_examples=50)
     @given(
         documents=ids_documents,
         joints=any_joints,
@@ -514,9 +517,9 @@ class TestRefusals:
         ],
     )
     def test_impossible_settings(self, changed: dict[str, Any], said: str) -> None:
-        settings: dict[str, Any] = {"tokenizer": None, "context_length": 8}
+        fine: dict[str, Any] = {"tokenizer": None, "context_length": 8}
         with pytest.raises(InputError, match=said):
-            open_corpus("bundled", **(settings | changed))
+            open_corpus("bundled", **(fine | changed))
 
     def test_text_without_a_tokenizer(self) -> None:
         with pytest.raises(InputError, match="'a list' holds text, and the model has no tokenizer"):

@@ -311,24 +311,23 @@ def test_figures_fit_a_paper(run: Run, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_pdf_embeds_truetype_and_is_the_same_every_time(run: Run, name: str) -> None:
+def test_pdf_embeds_truetype(run: Run, name: str) -> None:
     pdf = figures.encode(DRAWN[name](run), "pdf")
     assert pdf.startswith(b"%PDF")
     assert b"/Type /Font" in pdf
     assert b"/Type3" not in pdf
     assert b"/FontFile2" in pdf  # TrueType, embedded
-    assert pdf == figures.encode(DRAWN[name](run), "pdf")
 
 
-def test_svg_and_png_are_the_same_every_time(run: Run) -> None:
-    for form, start in (("svg", b"<?xml"), ("png", b"\x89PNG")):
+def test_files_are_the_same_every_time(run: Run) -> None:
+    for form, start in (("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", b"\x89PNG")):
         first, second = (figures.encode(DRAWN["dendrogram"](run), form) for _ in range(2))
         assert first.startswith(start)
         assert zlib.crc32(first) == zlib.crc32(second)
 
 
 def test_another_format_is_refused() -> None:
-    with pytest.raises(InputError, match="'gif'.*pdf, png, svg"):
+    with pytest.raises(InputError, match=r"'gif'.*pdf, png, svg"):
         figures.encode(Figure(), "gif")
 
 

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from groupsae import cli
+from groupsae.config import keys
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.fixture
+def groupsae(monkeypatch, capsys):
+    """Run the command line in this process; returns exit code, standard output and error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["groupsae", *map(str, arguments)])
+        monkeypatch.setattr(cli.out, "_width", 100)
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_the_whole_job_and_then_every_stage_by_itself(groupsae, tiny_config, tmp_path):
+    code, out, err = groupsae("run", *tiny_config, "--out", tmp_path / "run")
+    assert code == 0, err
+    assert "chosen: G = 2" in out
+    assert "CELS" in out
+    assert str(tmp_path / "run" / "report.html") in out
+    for stage in ("distances", "groups", "train", "evaluate", "report"):
+        code, _, err = groupsae(stage, tmp_path / "run")
+        assert code == 0, err
+        assert "already done" in err
+
+
+def test_help_shows_every_key_with_meaning_and_default(groupsae):
+    _, out, _ = groupsae("run", "--help")
+    words = " ".join(out.split())
+    for path, _, default, _ in keys():
+        assert path in words
+        assert re.search(rf"{re.escape(path)} \([^()]*\(?[^()]*\)?[^()]*default", words), path
+        if isinstance(default, int | float | str):
+            assert str(default) in words
+
+
+@pytest.mark.parametrize(
+    ("model", "A", "T", "G", "saved"),
+    [
+        ("160m", "207.62", "94.37", 6, "38%"),
+        ("410m", "704.64", "167.77", 9, "51%"),
+        ("1b", "1,744.83", "671.09", 6, "51%"),
+    ],
+)
+def test_plan_prints_the_published_costs(groupsae, model, A, T, G, saved):
+    code, out, _ = groupsae("plan", CONFIGS / f"pythia-{model}.yaml")
+    assert code == 0
+    assert f"A = {A} PFLOP" in out
+    assert f"T = {T} PFLOP" in out
+    row = next(line for line in out.splitlines() if re.match(rf"\W+{G} ", line))
+    assert saved in row
+
+
+def test_groups_of_a_matrix_from_elsewhere(groupsae, tmp_path):
+    path = tmp_path / "distances.npy"
+    np.save(path, np.array([[0, 0, 0], [0.1, 0, 0], [0.4, 0.35, 0]]))
+    code, out, _ = groupsae("groups", "--distances", path, "grouping.threshold=0.2")
+    assert code == 0
+    assert "chosen: G = 2" in out
+    assert "0-1  2" in out
+    assert not (tmp_path / "run").exists()
+    code, _, _ = groupsae("groups", "--distances", path, "--out", tmp_path / "run")
+    assert code == 0
+    assert json.loads((tmp_path / "run" / "partition.json").read_text())["chosen"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "sae.kk=3"], "did you mean sae.k?"),
+        (["run", "nowhere.yaml"], "nowhere.yaml does not exist"),
+        (["run", "nowhere"], "nowhere is neither a config file nor the directory of a run"),
+        (["run", "a.yaml", "b.yaml"], "'b.yaml' is no KEY=VALUE"),
+        (["run", "host.name=./nowhere"], "nowhere"),
+        (["groups", "--distances", "nowhere.npy"], "nowhere.npy"),
+        (["frobnicate"], "No such command"),
+        (["run", "--frobnicate"], "No such option"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(
+    groupsae, arguments, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = groupsae(*arguments)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_an_interrupt_is_exit_code_130(groupsae, tiny_config, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("groupsae.run.Run.distances", interrupt)
+    code, _, err = groupsae("run", *tiny_config, "--out", tmp_path / "run")
+    assert code == 130
+    assert "the same command continues" in err
+    assert "Traceback" not in err
+
+
+def test_a_full_disk_is_said_and_costs_nothing_finished(
+    groupsae, tiny_config, tmp_path, monkeypatch
+):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device", "state.safetensors")
+
+    monkeypatch.setattr("groupsae.training.session.train", full)
+    code, _, err = groupsae("run", *tiny_config, "--out", tmp_path / "run")
+    assert code == 2
+    assert "state.safetensors cannot be written: No space left on device" in err
+    assert (tmp_path / "run" / "partition.json").exists()
+
+
+def test_an_error_of_the_program_itself_is_not_hidden(groupsae, tiny_config, tmp_path, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("groupsae.run.Run.distances", broken)
+    with pytest.raises(ZeroDivisionError):
+        groupsae("run", *tiny_config, "--out", tmp_path / "run")
+
+
+def test_as_a_program_of_its_own(tmp_path):
+    def call(*arguments):
+        return subprocess.run(
+            [sys.executable, "-c", "from groupsae.cli import main; main()", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "NO_COLOR": "1"},
+            timeout=120,
+        )
+
+    wrong = call("run", "training.tokn=3")
+    assert wrong.returncode == 2
+    assert wrong.stderr.strip() == (
+        "groupsae: training.tokn = 3: there is no such key; did you mean training.tokens?"
+    )
+    assert call("--version").stdout.strip() == "groupsae 0.1.0"

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from groupsae.config import Config, keys
+from groupsae.errors import InputError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def test_the_defaults_are_valid_and_survive_the_way_through_yaml():
+    config = Config.load()
+    assert Config.parse(yaml.safe_load(config.dump())) == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(path):
+    config = Config.load(path)
+    assert config.training.tokens == 1_000_000_000
+    assert config.sae.k == 128
+    assert config.sae.width(config.host.d_model) == 16 * config.host.d_model
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("sae: {k: 8}\ntraining: {tokens: 2e6}\n")
+    config = Config.load(path, ["sae.k=16", "grouping.partition=[[0,1],[2]]", "host.name=a=b"])
+    assert config.sae.k == 16
+    assert config.training.tokens == 2_000_000
+    assert config.grouping.partition == ((0, 1), (2,))
+    assert config.host.name == "a=b"
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("2e6", 2_000_000),
+        ("2M", 2_000_000),
+        ("1_000_000", 1_000_000),
+        ("50k", 50_000),
+        ("1B", 10**9),
+    ],
+)
+def test_counts_can_be_written_as_people_write_them(written, meant):
+    assert Config.load(None, [f"training.tokens={written}"]).training.tokens == meant
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "training.tokn=5",
+            "training.tokn = 5: there is no such key; did you mean training.tokens?",
+        ),
+        ("trainig.tokens=5", "did you mean training?"),
+        ("k=3", "did you mean sae.k?"),
+        ("training.tokens=many", "training.tokens = 'many'"),
+        ("training.tokens=1.5", "training.tokens = 1.5"),
+        ("training.tokens=-4096", "training.tokens = -4096: Input should be greater than 0"),
+        ("sae.k=0", "sae.k = 0: Input should be greater than 0"),
+        ("sae=3", "sae = 3: this is a section; give its keys"),
+        ("sae.architecture=topp", "sae.architecture = 'topp': Input should be 'topk'"),
+        ("sae.d_sae=16", "sae.k: 32 is more than sae.d_sae = 16; lower k"),
+        ("tokens.held_out=1.5", "tokens.held_out = 1.5: Input should be less than 1"),
+        ("grouping.threshold=0", "grouping.threshold = 0"),
+        ("grouping.method=kmeans", "'linkage', 'optimal' or 'even'"),
+        ("training.tokens=100", "training.tokens: 100 is less than one batch"),
+        ("training.buffer_tokens=100", "training.buffer_tokens: 100 is smaller than"),
+        ("training.adam_betas=[0.9,1]", "training.adam_betas"),
+        ("training.learning_rate=.nan", "training.learning_rate"),
+        ("training.tokens", "'training.tokens' is no override; write key.path=value"),
+        ("sae.k=[", "sae.k: '[' cannot be read as a value"),
+        ("host.name.first=3", "host.name = {'first': 3}: Input should be a valid string"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_with_what_is_allowed(override, message):
+    with pytest.raises(InputError) as error:
+        Config.load(None, [override])
+    assert message in str(error.value)
+
+
+def test_a_fixed_number_of_groups_and_a_partition_exclude_each_other():
+    with pytest.raises(InputError, match=r"grouping\.groups or grouping\.partition, not both"):
+        Config.load(None, ["grouping.groups=2", "grouping.partition=0-1,2-3"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"- 1\n- 2\n", "holds a list"),
+        (b"a: [", "not valid YAML"),
+        (b"\xff\xfe\x00", "config file"),
+    ],
+)
+def test_unreadable_files_are_refused(tmp_path, content, message):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        Config.load(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere\.yaml does not exist"):
+        Config.load(tmp_path / "nowhere.yaml")
+
+
+def test_yaml_cannot_run_code(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("host: !!python/object/apply:os.system ['true']\n")
+    with pytest.raises(InputError, match="not valid YAML"):
+        Config.load(path)
+
+
+def test_every_key_has_a_meaning():
+    described = list(keys())
+    assert len(described) > 40
+    assert all(meaning for _, _, _, meaning in described)
+    assert ("sae.k", "int", 32, "active latents per token (paper: 128)") in described
+
+
+def test_the_paper_s_learning_rate():
+    config = Config.load(None, ["training.learning_rate=null"])
+    assert config.training.rate(2**14) == pytest.approx(2e-4)
+    assert config.training.rate(12288) == pytest.approx(2e-4 / (12288 / 2**14) ** 0.5)

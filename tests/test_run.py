@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from groupsae.config import Config
+from groupsae.errors import InputError
+from groupsae.grouping.matrix import Distances
+from groupsae.run import Run
+from groupsae.sae import SAE
+
+
+@pytest.fixture(scope="module")
+def module_config(tiny_host_folder, tiny_text) -> Config:
+    return Config.parse(
+        {
+            "host": {"name": str(tiny_host_folder)},
+            "tokens": {"source": str(tiny_text), "context_length": 16, "held_out": 0.2},
+            "grouping": {"layers": "all", "distance_tokens": 2000, "groups": 2},
+            "sae": {"k": 4, "d_sae": 48},
+            "training": {
+                "tokens": 4096,
+                "batch_tokens": 256,
+                "buffer_tokens": 1024,
+                "log_every": 4,
+            },
+            "evaluation": {"tokens": 1000},
+            "report": {"formats": ["png"]},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(module_config, tmp_path_factory) -> Run:
+    """A whole run on the tiny host. Tests only read it."""
+    run = Run(tmp_path_factory.mktemp("runs") / "finished", module_config)
+    run.all()
+    return run
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    """The finished run, to be changed."""
+    return shutil.copytree(finished.directory, tmp_path / "copy")
+
+
+def changed(config: Config, **sections) -> Config:
+    values = config.model_dump(mode="json")
+    for name, keys in sections.items():
+        values[name] |= keys
+    return Config.parse(values)
+
+
+def test_the_run_directory_is_laid_out_as_documented(finished):
+    names = {
+        path.relative_to(finished.directory).as_posix()
+        for path in finished.directory.rglob("*")
+        if path.is_file()
+    }
+    groups = finished.groups().partition.groups
+    folders = [f"layers-{g[0]:02d}" + (f"-{g[-1]:02d}" if len(g) > 1 else "") for g in groups]
+    folders += [f"baseline/layers-{layer:02d}" for layer in range(3)]
+    expected = {
+        "config.yaml",
+        "distances.json",
+        "partition.json",
+        "metrics.jsonl",
+        "evaluation/reconstruction.json",
+        "report.html",
+    } | {f"saes/{folder}/{file}" for folder in folders for file in ("cfg.json", "sae.safetensors")}
+    assert expected <= names
+
+
+def test_artefacts_have_the_keys_that_other_scripts_read(finished):
+    read = lambda name: json.loads((finished.directory / name).read_text())  # noqa: E731
+    assert {"layers", "matrix", "standard_error", "tokens", "center"} <= read(
+        "distances.json"
+    ).keys()
+    partition = read("partition.json")
+    assert {"layers", "method", "threshold", "chosen", "by_groups"} <= partition.keys()
+    entry = partition["by_groups"]["2"]
+    assert {"groups", "amad", "largest_diameter", "flops_per_token"} <= entry.keys()
+    evaluation = read("evaluation/reconstruction.json")
+    assert {"definitions", "rows"} <= evaluation.keys()
+    assert {(row["partition"], row["layer"]) for row in evaluation["rows"]} == {
+        (partition, layer) for partition in ("groups", "baseline") for layer in range(3)
+    }
+    lines = [json.loads(line) for line in (finished.directory / "metrics.jsonl").open()]
+    assert {line["sae"] for line in lines} == set(finished.saes())
+    assert {line["step"] for line in lines} == {4, 8, 12, 16}
+
+
+def test_the_resolved_config_runs_again_as_it_is(finished, module_config):
+    stored = Config.load(finished.directory / "config.yaml")
+    assert stored.model_copy(update={"provenance": None}) == module_config
+    assert {"groupsae", "torch", "host_fingerprint", "created"} <= stored.provenance.keys()
+
+
+def test_finished_stages_are_not_repeated(finished, copy, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file()}
+    monkeypatch.setattr("groupsae.host.model.HostModel.residual_streams", None)
+    monkeypatch.setattr("groupsae.host.model.HostModel.visit", None)
+    Run(copy).all()
+    after = {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file()}
+    assert {p for p in after if after[p] != before.get(p)} <= {copy / "config.yaml"}
+
+
+def test_distances_are_those_of_the_streams(finished, host):
+    """Centred, over the same tokens, recomputed in one piece."""
+    ids = finished.corpus.train().next_contexts(125)
+    mask = ~torch.isin(ids, torch.tensor(sorted(finished.host.special_token_ids)))
+    streams = finished.host.residual_streams(ids, range(3))
+    x = [streams[layer][mask].double() for layer in range(3)]
+    x = [rows - rows.mean(0) for rows in x]
+    for p in range(3):
+        for q in range(3):
+            cosine = torch.cosine_similarity(x[p], x[q]).clamp(-1, 1)
+            expected = (cosine.arccos() / np.pi).mean().item()
+            assert finished.distances().matrix[p, q] == pytest.approx(expected, abs=1e-6)
+
+
+def test_sae_normalises_each_layer_to_mean_norm_one(finished):
+    ids = finished.corpus.train().next_contexts(125)
+    mask = ~torch.isin(ids, torch.tensor(sorted(finished.host.special_token_ids)))
+    for layer in range(3):
+        x = finished.host.residual_streams(ids, [layer])[layer][mask]
+        normalised = finished.sae(layer).normalize(x, layer)
+        assert normalised.norm(dim=1).mean().item() == pytest.approx(1, abs=1e-3)
+        assert normalised.mean(0).norm().item() < 1e-3
+
+
+def test_a_stage_without_what_comes_before_it_says_so(module_config, tmp_path):
+    run = Run(tmp_path / "run", module_config)
+    with pytest.raises(InputError, match=r"holds no distances\.json yet; run `groupsae distances"):
+        run.groups()
+    with pytest.raises(InputError, match=r"holds no partition\.json yet; run `groupsae groups"):
+        run.train()
+    with pytest.raises(InputError, match=r"holds no training\.json yet; run `groupsae train"):
+        run.evaluate()
+
+
+def test_another_config_is_refused_and_nothing_is_touched(copy, module_config):
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    with pytest.raises(
+        InputError, match=r"stage 'train' of another config \(sae.k was 4, is now 5"
+    ):
+        Run(copy, changed(module_config, sae={"k": 5}))
+    assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+
+
+def test_redo_repeats_from_the_changed_stage_on(copy, module_config):
+    distances = (copy / "distances.json").stat().st_mtime_ns
+    run = Run(copy, changed(module_config, sae={"k": 5}), redo=True)
+    run.all()
+    assert (copy / "distances.json").stat().st_mtime_ns == distances
+    assert run.sae(0).config.k == 5
+
+
+def test_keys_that_change_no_result_do_not_count(copy, module_config):
+    Run(copy, changed(module_config, training={"log_every": 1}, host={"device": "cpu"})).all()
+
+
+def test_a_later_stage_may_change_while_it_is_not_done(module_config, tmp_path):
+    Run(tmp_path / "run", module_config).distances()
+    table = Run(tmp_path / "run", changed(module_config, grouping={"groups": 3})).groups()
+    assert table.chosen == 3
+
+
+def test_another_host_under_the_same_name_is_refused(
+    copy, tiny_host_folder, tmp_path, module_config
+):
+    from tests.host.tiny_models import tiny_model
+
+    folder = shutil.copytree(tiny_host_folder, tmp_path / "host")
+    config = changed(module_config, host={"name": str(folder)})
+    Run(tmp_path / "run", config).distances()
+    tiny_model("gpt_neox", seed=1).save_pretrained(folder)
+    with pytest.raises(InputError, match="is not the model that"):
+        Run(tmp_path / "run", config).groups()
+
+
+def test_other_folders_and_files_are_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(InputError, match="is no run directory"):
+        Run(tmp_path)
+    with pytest.raises(InputError, match="is no run directory"):
+        Run(tmp_path / "thesis.tex")
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "message"),
+    [
+        (
+            "grouping",
+            {"layers": [0, 3]},
+            r"grouping\.layers: \[3\] does not fit .* layers are 0 to 2",
+        ),
+        ("grouping", {"groups": 9}, r"groups is 9; 3 layers make 1 to 3 groups"),
+        ("grouping", {"groups": None, "partition": [[0], [2]]}, "1"),
+        ("grouping", {"groups": None, "partition": [[0, 1], [1, 2]]}, "1"),
+        ("tokens", {"context_length": 100}, r"context_length.*100.*48"),
+        ("tokens", {"source": "nowhere.jsonl"}, r"nowhere\.jsonl"),
+        ("tokens", {"column": "words"}, "words.*text"),
+        ("training", {"tokens": 10_000_000}, r"training\.tokens=10000000"),
+        ("evaluation", {"tokens": 10_000_000}, r"evaluation\.tokens=10000000"),
+        ("host", {"n_layers": 12}, r"host\.n_layers: 12 is declared, but .* has 3"),
+        ("host", {"name": "./nowhere"}, "nowhere"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(
+    module_config, tmp_path, section, keys, message
+):
+    run = Run(tmp_path / "run", changed(module_config, **{section: keys}))
+    with pytest.raises(InputError, match=message):
+        run.all()
+    assert not (tmp_path / "run" / "saes").exists()
+
+
+def test_distances_from_elsewhere_need_no_host(module_config, tmp_path):
+    matrix = np.array([[0, 0.1, 0.4], [0.1, 0, 0.35], [0.4, 0.35, 0]])
+    distances = Distances.from_matrix(matrix)
+    run = Run(tmp_path / "run", changed(module_config, host={"name": "./nowhere"}))
+    assert run.adopt(distances).partition.groups == ((0, 1), (2,))
+
+
+def test_adopted_distances_can_be_trained_on(module_config, tmp_path):
+    matrix = np.array([[0, 0.4, 0.4], [0.4, 0, 0.1], [0.4, 0.1, 0]])
+    run = Run(tmp_path / "run", module_config)
+    run.adopt(Distances.from_matrix(matrix))
+    assert set(run.train()) == {
+        "layers-00",
+        "layers-01-02",
+        *(f"baseline/layers-{layer:02d}" for layer in range(3)),
+    }
+
+
+def test_an_interrupted_training_continues_to_the_same_weights(
+    finished, module_config, tmp_path, monkeypatch
+):
+    config = changed(module_config, training={"checkpoint_every": 5})
+    run = Run(tmp_path / "run", config)
+    run.distances()
+    run.groups()
+
+    from groupsae.training.batches import MixedBatches
+
+    steps, next_batch = [], MixedBatches.next
+
+    def interrupted(self):
+        steps.append(time.monotonic())
+        if len(steps) == 13:
+            raise KeyboardInterrupt
+        return next_batch(self)
+
+    monkeypatch.setattr(MixedBatches, "next", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert run.groups().chosen == 2, "earlier artefacts are kept"
+    monkeypatch.undo()
+    continued = Run(tmp_path / "run").train()
+    for name, sae in finished.saes().items():
+        for key, tensor in sae.state_dict().items():
+            assert torch.equal(tensor, continued[name].state_dict()[key]), (name, key)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines if line["sae"] == "layers-00"] in ([4, 8, 12, 16], [])
+    assert sorted({line["step"] for line in lines}) == [4, 8, 12, 16]
+    assert len(lines) == 4 * len(continued)
+
+
+def test_running_out_of_text_keeps_what_was_trained(module_config, tmp_path, tiny_text):
+    config = changed(module_config, training={"tokens": 10_000_000})
+    run = Run(tmp_path / "run", config)
+    run.distances()
+    run.groups()
+    with pytest.raises(InputError, match="on_exhausted"):
+        run.train()
+    checkpoints = list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert len(checkpoints) == 1
+    assert int(checkpoints[0].name.removeprefix("step-")) > 16
+
+
+def test_groups_and_baseline_share_one_forward(module_config, tmp_path, monkeypatch):
+    from groupsae.host.model import HostModel
+
+    run = Run(tmp_path / "run", module_config)
+    run.distances()
+    run.groups()
+    forwards, visit = [], HostModel.visit
+
+    def counted(self, input_ids, visitors):
+        forwards.append((input_ids.numel(), sorted(visitors)))
+        return visit(self, input_ids, visitors)
+
+    monkeypatch.setattr(HostModel, "visit", counted)
+    run.train()
+    assert all(layers == [0, 1, 2] for _, layers in forwards)
+    assert sum(tokens for tokens, _ in forwards) < 4096 + 32 * 16 + 16 * 16
+
+
+def test_saes_load_by_themselves(finished):
+    for name, sae in finished.saes().items():
+        alone = SAE.load(finished.directory / "saes" / name)
+        assert torch.equal(alone.W_dec, sae.W_dec)
+    with pytest.raises(InputError, match="layer 7 belongs to no group"):
+        finished.sae(7)
