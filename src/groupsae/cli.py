@@ -32,6 +32,8 @@ app = typer.Typer(
 )
 out = Console()
 
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
 _KEYS = "[bold]Keys[/bold] (KEY=VALUE; every key has a default)\n\n" + "\n\n".join(
     f"[cyan]{path}[/cyan] ({kind}, default {default}): {meaning}".replace("[[", r"\[[")
     for path, kind, default, meaning in keys()
@@ -132,15 +134,15 @@ def plan(inputs: Inputs = None) -> None:
 
 def main() -> None:
     """Run the command line; errors are one message and an exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("httpx", "datasets", "transformers", "matplotlib", "fontTools", "filelock"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    _log_to_stderr()
     try:
         code = app(standalone_mode=False)
+        if code == _INTERRUPTED:  # what typer makes of an interrupt; older versions raise Abort
+            raise KeyboardInterrupt
     except InputError as error:
         _fail(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; what is finished is kept, the same command continues", 130)
+        _fail("interrupted; what is finished is kept, the same command continues", _INTERRUPTED)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
@@ -155,6 +157,13 @@ def main() -> None:
         error.show()  # type: ignore[attr-defined]
         sys.exit(2)
     sys.exit(code or 0)
+
+
+def _log_to_stderr() -> None:
+    log = logging.getLogger("groupsae")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.handlers = [logging.StreamHandler(sys.stderr)]
 
 
 def _fail(message: str, code: int) -> None:

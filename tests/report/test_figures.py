@@ -222,6 +222,13 @@ def test_the_legend_stays_short_with_many_groups() -> None:
     assert len(legend.get_texts()) <= 4
 
 
+def test_without_dead_latents_the_axis_begins_at_zero() -> None:
+    metrics = [{"sae": "layers-00", "step": 1, "tokens": 5, "fvu": 0.5, "dead": 0.0}]
+    low, high = figures.training_curves(metrics).axes[1].get_ylim()
+    assert high > 0
+    assert -0.05 * high < low <= 0
+
+
 # Per layer.
 
 
@@ -275,6 +282,14 @@ def test_latent_density_shows_every_layers_histogram_in_per_cent(run: Run) -> No
             counts = np.array(row["latent_density"]["counts"])
             np.testing.assert_allclose(stairs.get_data().values, 100 * counts / counts.sum())
             np.testing.assert_allclose(stairs.get_data().edges, row["latent_density"]["edges"])
+
+
+def test_latent_density_shows_only_the_part_of_the_axis_that_is_used() -> None:
+    density = {"edges": [-6, -5, -4, -3, -2, -1, 0], "counts": [0, 0, 3, 1, 0, 0]}
+    row = {"partition": "groups", "layer": 0, "latent_density": density}
+    low, high = figures.latent_density([row]).axes[0].get_xlim()
+    assert -4.5 < low < -4
+    assert -2 < high < -1.5
 
 
 @pytest.mark.parametrize(

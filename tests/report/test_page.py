@@ -17,6 +17,7 @@ import pytest
 from groupsae.errors import InputError
 from groupsae.report import write_report
 from groupsae.report.artefacts import read_run
+from groupsae.report.contents import host_name
 from groupsae.report.illustrations import illustrations
 from groupsae.report.metrics import METRICS
 from groupsae.report.page import render
@@ -270,6 +271,30 @@ def test_a_run_without_a_baseline_says_nothing_of_one(tmp_path: Path) -> None:
     assert "no baseline" in page.text
     assert "one SAE per layer reaches" not in page.text
     assert all(cells[3] == "–" for cells in page.tables["comparison"][2:])
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("EleutherAI/pythia-160m", "EleutherAI/pythia-160m"),
+        ("/home/someone/models/mine", "mine"),
+        ("../models/mine/", "mine"),
+        ("~/mine", "mine"),
+        ("/", "/"),
+    ],
+)
+def test_of_a_local_path_the_last_part_names_the_model(
+    tmp_path: Path, name: str, shown: str
+) -> None:
+    (tmp_path / "config.yaml").write_text(f"host: {{name: {name}}}\n")
+    assert host_name(read_run(tmp_path)) == shown
+
+
+def test_dead_latents_that_cannot_be_yet_are_explained(finished_run: Path) -> None:
+    captions = {found.name: found for found in illustrations(read_run(finished_run))}
+    definitions = dict(captions["training_curves"].definitions)
+    assert "last 10,000,000 tokens" in definitions["Dead latents"]
+    assert "none counts as dead yet" in definitions["Dead latents"]
 
 
 def test_groups_that_were_given_are_said_to_be(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from groupsae.report.artefacts import Run
@@ -44,8 +45,10 @@ def page_contents(run: Run) -> dict[str, Any]:
 
 
 def host_name(run: Run) -> str:
-    """The host model's name as the config has it."""
-    return str(run.section("host").get("name") or "host model")
+    """The host model's name as the config has it, of a local path the last part."""
+    name = str(run.section("host").get("name") or "host model")
+    local = name.startswith((".", "~")) or PurePath(name).is_absolute()
+    return PurePath(name).name or name if local else name
 
 
 def comparison_table(comparisons: Sequence[LayerComparison]) -> dict[str, Any]:

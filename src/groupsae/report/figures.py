@@ -299,6 +299,7 @@ def amad_and_cost(partition: Mapping[str, Any]) -> Figure:
         axes.set_ylim(0, 1.1 * max(highest, 1e-9))
         axes.grid(axis="y")
         axes.legend(**_OPAQUE, loc="upper right" if key == "amad" else "lower right")
+    _set_apart(figure)
     return figure
 
 
@@ -323,7 +324,7 @@ def training_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
         curves.setdefault(str(line["sae"]), []).append(line)
     baselines = sorted(name for name in curves if name.startswith("baseline/"))
     groups = sorted((name for name in curves if name not in baselines), key=_first_layer)
-    scale, unit = si_scale(max((number(line.get("tokens")) for line in metrics), default=0))
+    scale, unit = si_scale(float(np.nanmax([number(line.get("tokens")) for line in metrics])))
 
     figure = Figure(figsize=(PAGE, 2.75), layout="constrained")
     panels = figure.subplots(1, 2)
@@ -352,10 +353,9 @@ def training_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
         axes.margins(x=0.02)
         axes.set_xlim(left=0)
     _log_axis(panels[0])
-    if panels[1].get_ylim()[1] <= 1e-4:
-        panels[1].set_ylim(-0.0005, 0.01)
-    else:
-        panels[1].set_ylim(bottom=min(0, panels[1].get_ylim()[0]))
+    most_dead = max((number(line.get("dead")) for line in metrics), default=0, key=np.nan_to_num)
+    top = max(1.08 * float(np.nan_to_num(most_dead)), 0.001)
+    panels[1].set_ylim(-0.02 * top, top)
 
     lines = {line.get_label(): line for line in panels[0].get_lines()}
     entries = [(lines[name], sae_label(name)) for name in groups]
@@ -369,6 +369,7 @@ def training_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
         entries.append((lines[baselines[0]], "one SAE per layer"))
     handles, labels = zip(*entries, strict=True) if entries else ((), ())
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, max(1, len(entries))))
+    _set_apart(figure)
     return figure
 
 
@@ -399,6 +400,7 @@ def per_layer(
     for axes in panels[len(metrics) :]:
         axes.set_visible(False)
     figure.legend(*_unique_legend(panels[0]), loc="outside upper center", ncols=2)
+    _set_apart(figure)
     return figure
 
 
@@ -416,10 +418,12 @@ def latent_density(rows: Sequence[Mapping[str, Any]], chosen: int | None = None)
     ]
     if not comparisons:
         raise InputError("no row of the evaluation has a latent_density histogram")
-    columns = min(6 if len(comparisons) > 12 else 4, len(comparisons))
+    most = 4 if len(comparisons) <= 12 else 6 if len(comparisons) <= 36 else 8
+    columns = min(most, len(comparisons))
     n_rows = math.ceil(len(comparisons) / columns)
     figure = Figure(
-        figsize=(max(COLUMN, PAGE * min(1, columns / 4)), 0.5 + 1.1 * n_rows), layout="constrained"
+        figsize=(max(COLUMN, PAGE * min(1, columns / 4)), 0.5 + min(1.1 * n_rows, 8)),
+        layout="constrained",
     )
     panels = figure.subplots(n_rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, comparison in zip(panels, comparisons, strict=False):
@@ -447,6 +451,7 @@ def latent_density(rows: Sequence[Mapping[str, Any]], chosen: int | None = None)
     for axes in panels[max(0, len(comparisons) - columns) : len(comparisons)]:
         axes.tick_params(labelbottom=True)
     panels[0].set_ylim(0, 1.25 * panels[0].get_ylim()[1])
+    panels[0].set_xlim(*_occupied(comparisons))
     figure.supxlabel("log10 of the share of tokens on which a latent is active", fontsize=8)
     figure.supylabel("Latents (%)", fontsize=8)
     figure.legend(*_unique_legend(*panels), loc="outside upper center", ncols=2)
@@ -613,6 +618,25 @@ def _thinned(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def _first_layer(name: str) -> tuple[int, str]:
     digits = re.search(r"\d+", name)
     return (int(digits[0]) if digits else -1, name)
+
+
+def _occupied(comparisons: Sequence[LayerComparison]) -> tuple[float, float]:
+    """The part of the density axis that any latent falls on, a little wider."""
+    lows, highs = [], []
+    for comparison in comparisons:
+        for row in (comparison.groups, comparison.baseline):
+            if found := histogram(row):
+                edges, counts = found
+                filled = np.flatnonzero(counts)
+                if filled.size:
+                    lows.append(edges[filled[0]])
+                    highs.append(edges[filled[-1] + 1])
+    return (min(lows) - 0.2, max(highs) + 0.2) if lows else (-6.0, 0.0)
+
+
+def _set_apart(figure: Figure) -> None:
+    """More room between panels, so that one's labels are not taken for the other's."""
+    figure.get_layout_engine().set(wspace=0.06, hspace=0.05)
 
 
 def _unique_legend(*panels: Axes) -> tuple[list[Any], list[str]]:

@@ -148,11 +148,11 @@ def _of_partition(partition: Mapping[str, Any]) -> Illustration:
 def _of_training(run: Run) -> Illustration:
     baseline = any(str(line["sae"]).startswith("baseline/") for line in run.metrics)
     dead_after = number(run.section("training").get("dead_after_tokens"))
-    silent = (
-        f"for the last {dead_after:,.0f} tokens"
-        if math.isfinite(dead_after)
-        else "for longer than the config allows"
-    )
+    dead = "Share of the latents that were silent for longer than the config allows."
+    if math.isfinite(dead_after):
+        dead = f"Share of the latents that were silent for the last {dead_after:,.0f} tokens."
+        if all(number(line.get("tokens")) < dead_after for line in run.metrics):
+            dead += " Training has not been that long, so none counts as dead yet."
     return Illustration(
         name="training_curves",
         title="Training",
@@ -168,7 +168,7 @@ def _of_training(run: Run) -> Illustration:
                 "sum of squares about the batch mean. A group's batch mixes its member layers, one "
                 "drawn for each token.",
             ),
-            ("Dead latents", f"Share of the latents that were silent {silent}."),
+            ("Dead latents", dead),
         ),
     )
 
