@@ -21,6 +21,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
@@ -162,7 +163,7 @@ def distance_heatmap(
                     width,
                     fill=False,
                     edgecolor=GROUP,
-                    linewidth=2.0,
+                    linewidth=2.0 if n_layers <= 24 else 1.4,
                     joinstyle="round",
                     clip_on=False,
                     zorder=4,
@@ -255,7 +256,7 @@ def amad_and_cost(partition: Mapping[str, Any]) -> Figure:
     if not shown:
         raise InputError("the partition has neither AMAD nor predicted cost to draw")
 
-    figure = Figure(figsize=(PAGE if len(shown) == 2 else COLUMN, 2.35), layout="constrained")
+    figure = Figure(figsize=(PAGE if len(shown) == 2 else COLUMN, 2.35), layout=_roomy())
     panels = dict(zip(shown, figure.subplots(1, len(shown), squeeze=False).ravel(), strict=True))
     for key, axes in panels.items():
         scale, prefix = (1.0, "") if key == "amad" else si_scale(float(np.nanmax(measures[key])))
@@ -299,7 +300,6 @@ def amad_and_cost(partition: Mapping[str, Any]) -> Figure:
         axes.set_ylim(0, 1.1 * max(highest, 1e-9))
         axes.grid(axis="y")
         axes.legend(**_OPAQUE, loc="upper right" if key == "amad" else "lower right")
-    _set_apart(figure)
     return figure
 
 
@@ -326,7 +326,7 @@ def training_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     groups = sorted((name for name in curves if name not in baselines), key=_first_layer)
     scale, unit = si_scale(float(np.nanmax([number(line.get("tokens")) for line in metrics])))
 
-    figure = Figure(figsize=(PAGE, 2.75), layout="constrained")
+    figure = Figure(figsize=(PAGE, 2.75), layout=_roomy())
     panels = figure.subplots(1, 2)
     for axes, key, label in zip(
         panels,
@@ -369,7 +369,6 @@ def training_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
         entries.append((lines[baselines[0]], "one SAE per layer"))
     handles, labels = zip(*entries, strict=True) if entries else ((), ())
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, max(1, len(entries))))
-    _set_apart(figure)
     return figure
 
 
@@ -392,7 +391,7 @@ def per_layer(
     height = 1.95 if len(metrics) > 1 else 2.3
     figure = Figure(
         figsize=(PAGE if columns == 2 else COLUMN, height * math.ceil(len(metrics) / columns)),
-        layout="constrained",
+        layout=_roomy(),
     )
     panels = figure.subplots(math.ceil(len(metrics) / columns), columns, squeeze=False).ravel()
     for axes, key in zip(panels, metrics, strict=False):
@@ -400,7 +399,6 @@ def per_layer(
     for axes in panels[len(metrics) :]:
         axes.set_visible(False)
     figure.legend(*_unique_legend(panels[0]), loc="outside upper center", ncols=2)
-    _set_apart(figure)
     return figure
 
 
@@ -418,13 +416,10 @@ def latent_density(rows: Sequence[Mapping[str, Any]], chosen: int | None = None)
     ]
     if not comparisons:
         raise InputError("no row of the evaluation has a latent_density histogram")
-    most = 4 if len(comparisons) <= 12 else 6 if len(comparisons) <= 36 else 8
-    columns = min(most, len(comparisons))
+    columns = _density_columns(len(comparisons))
     n_rows = math.ceil(len(comparisons) / columns)
-    figure = Figure(
-        figsize=(max(COLUMN, PAGE * min(1, columns / 4)), 0.5 + min(1.1 * n_rows, 8)),
-        layout="constrained",
-    )
+    width = max(COLUMN, PAGE * min(1, columns / 4))
+    figure = Figure(figsize=(width, 0.5 + min(1.1 * n_rows, 8)), layout="constrained")
     panels = figure.subplots(n_rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, comparison in zip(panels, comparisons, strict=False):
         for row, colour, filled, label in (
@@ -492,6 +487,7 @@ def _per_layer_panel(axes: Axes, comparisons: Sequence[LayerComparison], key: st
     values = np.array([comparison.values(key) for comparison in comparisons]).reshape(-1, 3)
     at = np.arange(len(layers))
     starts = [i for i, c in enumerate(comparisons) if i == 0 or c.group != comparisons[i - 1].group]
+    size = 4 if len(layers) <= 32 else 2
     spans = list(zip(starts, [*starts[1:], len(layers)], strict=True))
     for index, (start, stop) in enumerate(spans):
         axes.axvspan(
@@ -504,9 +500,9 @@ def _per_layer_panel(axes: Axes, comparisons: Sequence[LayerComparison], key: st
             color=BASELINE,
             linewidth=1,
             marker="s",
-            markersize=4.2,
+            markersize=size,
             markerfacecolor="white",
-            markeredgewidth=1,
+            markeredgewidth=size / 4,
             label="one SAE per layer",
         )
     for start, stop in spans:
@@ -515,7 +511,7 @@ def _per_layer_panel(axes: Axes, comparisons: Sequence[LayerComparison], key: st
             values[start:stop, 0],
             color=GROUP,
             marker="o",
-            markersize=3.8,
+            markersize=size,
             label="one SAE per group",
         )
     axes.set(xlabel="Layer", ylabel=METRICS[key].label)
@@ -620,6 +616,12 @@ def _first_layer(name: str) -> tuple[int, str]:
     return (int(digits[0]) if digits else -1, name)
 
 
+def _density_columns(n_panels: int) -> int:
+    if n_panels <= 6:
+        return n_panels
+    return 4 if n_panels <= 12 else 6 if n_panels <= 36 else 8
+
+
 def _occupied(comparisons: Sequence[LayerComparison]) -> tuple[float, float]:
     """The part of the density axis that any latent falls on, a little wider."""
     lows, highs = [], []
@@ -634,9 +636,9 @@ def _occupied(comparisons: Sequence[LayerComparison]) -> tuple[float, float]:
     return (min(lows) - 0.2, max(highs) + 0.2) if lows else (-6.0, 0.0)
 
 
-def _set_apart(figure: Figure) -> None:
+def _roomy() -> ConstrainedLayoutEngine:
     """More room between panels, so that one's labels are not taken for the other's."""
-    figure.get_layout_engine().set(wspace=0.06, hspace=0.05)
+    return ConstrainedLayoutEngine(wspace=0.06, hspace=0.05)
 
 
 def _unique_legend(*panels: Axes) -> tuple[list[Any], list[str]]:

@@ -1,5 +1,6 @@
-"""The training step's loss and gradients, and the choice among ways to compute them."""
+"""The training step's loss and gradients: `reference` is the truth, `sparse` is what is used."""
 
-from groupsae.sae.kernels.reference import StepResult, step
+from groupsae.sae.kernels.reference import StepResult
+from groupsae.sae.kernels.sparse import step
 
 __all__ = ["StepResult", "step"]

@@ -1,0 +1,173 @@
+"""The training step that works on active latents only: plain PyTorch, any device.
+
+A dense step costs five products of 2 d_model d_sae operations a token. Only k of d_sae latents are
+active, so all products but the encoder's shrink by k / d_sae when they are done on the active rows
+alone. Nothing is approximated: latents, loss and gradients are those of `reference`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from groupsae.sae.autoencoder import SAE
+from groupsae.sae.kernels.reference import StepResult
+from groupsae.sae.sparsity import Latents, topk
+
+_CHUNK_BYTES = (
+    16 * 2**20
+)  # of pre-activations: [token, d_sae] never exists whole, a chunk stays hot
+
+
+@torch.no_grad()
+def step(
+    sae: SAE,
+    x: Float[Tensor, "token d_model"],
+    *,
+    dead: Bool[Tensor, " d_sae"] | None = None,
+    auxk_weight: float = 1 / 32,
+) -> StepResult:
+    """Loss and gradients of a TopK SAE on a mixed batch: see :func:`reference.step`."""
+    inputs = x - sae.b_dec
+    variance = (x - x.mean(0)).square().sum()
+
+    latents = encode(inputs, sae.W_enc, sae.b_enc, sae.config.k)
+    residual = x - decode(latents, sae.W_dec) - sae.b_dec
+    fvu = residual.square().sum() / variance
+    gradients = _gradients(sae, inputs, latents, residual * (-2 / variance))
+    gradients["b_dec"] += (residual * (-2 / variance)).sum(0)
+
+    auxk = x.new_zeros(())
+    if dead is not None and bool(dead.any()):
+        auxk = _add_auxk(sae, inputs, residual, dead, auxk_weight, variance, gradients)
+
+    firings = torch.zeros_like(sae.b_enc).index_add_(
+        0, latents.indices.flatten(), (latents.values > 0).to(sae.b_enc.dtype).flatten()
+    )
+    return StepResult(
+        gradients=gradients,
+        loss=fvu + auxk_weight * auxk,
+        fvu=fvu,
+        auxk=auxk,
+        l0=latents.l0().mean(),
+        fired=firings > 0,
+    )
+
+
+def encode(
+    inputs: Float[Tensor, "token d_model"],
+    W_enc: Float[Tensor, "latent d_model"],
+    b_enc: Float[Tensor, " latent"],
+    k: int,
+) -> Latents:
+    """TopK(relu(W_enc inputs + b_enc)), a chunk of tokens at a time."""
+    rows = max(_CHUNK_BYTES // (b_enc.element_size() * len(b_enc)), 1)
+    chunks = [topk(F.linear(chunk, W_enc, b_enc), k) for chunk in inputs.split(rows)]
+    return Latents(
+        torch.cat([chunk.values for chunk in chunks]),
+        torch.cat([chunk.indices for chunk in chunks]),
+    )
+
+
+def decode(
+    latents: Latents, W_dec: Float[Tensor, "latent d_model"]
+) -> Float[Tensor, "token d_model"]:
+    """The sum of each token's active decoder rows."""
+    return F.embedding_bag(latents.indices, W_dec, per_sample_weights=latents.values, mode="sum")
+
+
+def _gradients(
+    sae: SAE,
+    inputs: Float[Tensor, "token d_model"],
+    latents: Latents,
+    output_gradient: Float[Tensor, "token d_model"],
+) -> dict[str, Tensor]:
+    """Of all parameters through the latents, given the loss's gradient at the decoder's output.
+
+    Writing g_t for that gradient and v_tj for the activation of latent j on token t: the gradient
+    of v_tj is g_t . W_dec[j], that of W_dec[j] is sum_t v_tj g_t, and so on; b_dec gets here what
+    reaches it through the encoder's input alone.
+    """
+    activation_gradient = _dot_rows(latents, sae.W_dec, output_gradient) * (latents.values > 0)
+    by_latent = _ByLatent.of(latents.indices, sae.config.d_sae)
+    b_enc = by_latent.sum(activation_gradient)
+    return {
+        "W_enc": by_latent.sum_rows(inputs, activation_gradient),
+        "b_enc": b_enc,
+        "W_dec": by_latent.sum_rows(output_gradient, latents.values),
+        "b_dec": -(b_enc @ sae.W_enc),
+    }
+
+
+def _add_auxk(
+    sae: SAE,
+    inputs: Float[Tensor, "token d_model"],
+    residual: Float[Tensor, "token d_model"],
+    dead: Bool[Tensor, " d_sae"],
+    weight: float,
+    variance: Float[Tensor, ""],
+    gradients: dict[str, Tensor],
+) -> Float[Tensor, ""]:
+    """Add the auxiliary loss's gradients, weighted; returns the loss. Touches dead latents only."""
+    which = dead.nonzero().squeeze(1)
+    wanted = max(sae.config.d_model // 2, 1)
+    share = min(len(which) / wanted, 1.0)
+    latents = encode(inputs, sae.W_enc[which], sae.b_enc[which], min(wanted, len(which)))
+    error = decode(latents, sae.W_dec[which]) - residual
+    latents = Latents(latents.values, which[latents.indices])
+    output_gradient = error * (2 * share * weight / variance)
+    for name, gradient in _gradients(sae, inputs, latents, output_gradient).items():
+        gradients[name] += gradient
+    return share * error.square().sum() / variance
+
+
+def _dot_rows(
+    latents: Latents,
+    W_dec: Float[Tensor, "latent d_model"],
+    vectors: Float[Tensor, "token d_model"],
+) -> Float[Tensor, "token k"]:
+    """vectors[t] . W_dec[j] for each chosen latent j of token t; no [token, k, d_model] is made."""
+    with torch.enable_grad():
+        weights = torch.ones_like(latents.values, requires_grad=True)
+        bags = F.embedding_bag(
+            latents.indices, W_dec.detach(), per_sample_weights=weights, mode="sum"
+        )
+        return torch.autograd.grad(bags, weights, vectors)[0]
+
+
+@dataclass(frozen=True)
+class _ByLatent:
+    """The pattern of active latents, transposed once: which tokens each latent is chosen on."""
+
+    order: Int[Tensor, " entry"]  # sorts the entries of [token, k] by latent
+    tokens: Int[Tensor, " entry"]  # each entry's token, in that order
+    offsets: Int[Tensor, " latent"]  # where each latent's entries begin
+    indices: Int[Tensor, " entry"]
+    d_sae: int
+
+    @classmethod
+    def of(cls, indices: Int[Tensor, "token k"], d_sae: int) -> _ByLatent:
+        flat = indices.flatten()
+        order = flat.argsort(stable=True)
+        counts = flat.bincount(minlength=d_sae)
+        return cls(order, order // indices.shape[1], counts.cumsum(0) - counts, flat, d_sae)
+
+    def sum_rows(
+        self, rows: Float[Tensor, "token d_model"], weights: Float[Tensor, "token k"]
+    ) -> Float[Tensor, "latent d_model"]:
+        """For each latent the weighted sum of its tokens' rows."""
+        return F.embedding_bag(
+            self.tokens,
+            rows,
+            self.offsets,
+            mode="sum",
+            per_sample_weights=weights.flatten()[self.order],
+        )
+
+    def sum(self, weights: Float[Tensor, "token k"]) -> Float[Tensor, " latent"]:
+        """For each latent the sum of its tokens' weights."""
+        return weights.new_zeros(self.d_sae).index_add_(0, self.indices, weights.flatten())
