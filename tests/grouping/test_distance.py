@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -86,6 +86,7 @@ def test_near_and_far_vectors_are_measured_exactly(distance: float, error: float
 
 
 @given(st.integers(1, 5), st.integers(1, 20), st.integers(1, 6), seeds)
+@settings(deadline=None, max_examples=40)
 def test_distances_are_a_metric_between_0_and_1(
     n_layers: int, n_tokens: int, d_model: int, seed: int
 ) -> None:
@@ -99,6 +100,7 @@ def test_distances_are_a_metric_between_0_and_1(
 
 
 @given(seeds, st.integers(1, 7))
+@settings(deadline=None, max_examples=30)
 def test_distances_do_not_depend_on_scale_order_rotation_or_batches(seed: int, calls: int) -> None:
     streams = similar_streams(n_tokens=40, d_model=6, seed=seed).double()
     matrix = measure(streams).matrix

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from groupsae.errors import InputError
@@ -33,6 +33,7 @@ def test_what_is_no_list_of_layers_is_refused(layers: list[object], problem: str
 
 
 @given(st.sets(st.integers(0, 30), min_size=1))
+@settings(deadline=None)
 def test_the_short_form_names_exactly_the_layers(layers: set[int]) -> None:
     named = []
     for run in format_layers(sorted(layers)).split(", "):

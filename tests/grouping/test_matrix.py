@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -18,6 +18,7 @@ FULL = np.array([[0.0, 0.2, 0.3], [0.2, 0.0, 0.1], [0.3, 0.1, 0.0]])
 
 
 @given(any_matrix(), st.data())
+@settings(deadline=None, max_examples=40)
 def test_distances_survive_json_exactly(matrix: np.ndarray, data: st.DataObject) -> None:
     distances = Distances.from_matrix(matrix)
     standard_error = data.draw(
@@ -55,6 +56,7 @@ def test_selecting_layers_keeps_their_entries() -> None:
 
 
 @given(any_matrix(), st.sampled_from(["npy", "csv", "json"]), st.sampled_from([0.0, np.nan]))
+@settings(deadline=None, max_examples=40)
 def test_full_and_lower_triangular_files_of_every_kind_give_the_same(
     tmp_path_factory: pytest.TempPathFactory, matrix: np.ndarray, kind: str, upper: float
 ) -> None:

@@ -48,6 +48,7 @@ def test_of_equal_merges_the_lowest_comes_first() -> None:
 
 
 @given(any_matrix())
+@settings(deadline=None)
 def test_each_merge_is_the_best_that_there_is(matrix: np.ndarray) -> None:
     """Complete linkage by its definition, with every distance looked at again."""
     distances = Distances.from_matrix(matrix)
@@ -66,6 +67,7 @@ def test_each_merge_is_the_best_that_there_is(matrix: np.ndarray) -> None:
 
 
 @given(any_matrix())
+@settings(deadline=None)
 def test_heights_are_diameters_and_never_fall(matrix: np.ndarray) -> None:
     """Also under contiguity, on any matrix: linkages without this property draw no dendrogram."""
     distances = Distances.from_matrix(matrix)
@@ -84,6 +86,7 @@ def test_heights_are_diameters_and_never_fall(matrix: np.ndarray) -> None:
 
 
 @given(any_matrix(2))
+@settings(deadline=None)
 def test_scipy_draws_the_hierarchy_in_the_order_of_the_layers(matrix: np.ndarray) -> None:
     distances = Distances.from_matrix(matrix)
     rows = linkage_matrix(distances)
@@ -93,7 +96,7 @@ def test_scipy_draws_the_hierarchy_in_the_order_of_the_layers(matrix: np.ndarray
 
 
 @given(st.integers(2, 14), seeds)
-@settings(max_examples=50)
+@settings(deadline=None, max_examples=50)
 def test_linkage_agrees_with_scipy_where_contiguity_costs_nothing(n_layers: int, seed: int) -> None:
     """Where distances grow away from the diagonal the nearest group is always a neighbour."""
     distances = Distances.from_matrix(robinson(n_layers, seed))
@@ -120,7 +123,7 @@ def test_groups_do_not_depend_on_the_scale_of_the_distances() -> None:
 
 
 @given(any_matrix())
-@settings(max_examples=60, deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_optimal_beats_every_contiguous_partition(matrix: np.ndarray) -> None:
     distances = Distances.from_matrix(matrix)
     partitions = optimal(distances)
@@ -185,6 +188,7 @@ def test_layers_keep_their_numbers() -> None:
 
 
 @given(st.integers(1, 40))
+@settings(deadline=None)
 def test_even_groups_differ_by_at_most_one_layer_and_the_lowest_are_larger(n_layers: int) -> None:
     for G, partition in even(range(n_layers)).items():
         sizes = [len(group) for group in partition.groups]

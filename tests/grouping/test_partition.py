@@ -4,7 +4,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from groupsae.errors import InputError
@@ -58,7 +58,8 @@ def test_users_write_ranges_or_lists(groups: str | list[list[int]]) -> None:
     assert parse_partition(groups, LAYERS) == Partition(LAYERS, ((2, 3), (4, 5, 8)))
 
 
-@given(st.integers(1, 12), st.data())
+@given(st.integers(1, 8), st.data())
+@settings(deadline=None, max_examples=50)
 def test_every_partition_can_be_written_as_ranges(n_layers: int, data: st.DataObject) -> None:
     layers = tuple(range(n_layers))
     G = data.draw(st.integers(1, n_layers))
@@ -97,6 +98,7 @@ def test_what_cannot_be_read_is_refused(groups: object, problem: str) -> None:
 
 
 @given(any_matrix(), st.data())
+@settings(deadline=None)
 def test_measures_follow_their_definitions(matrix: np.ndarray, data: st.DataObject) -> None:
     distances = Distances.from_matrix(matrix)
     layers = distances.layers
@@ -114,6 +116,7 @@ def test_measures_follow_their_definitions(matrix: np.ndarray, data: st.DataObje
 
 
 @given(any_matrix())
+@settings(deadline=None)
 def test_interval_diameters_are_those_of_the_submatrices(matrix: np.ndarray) -> None:
     distances = Distances.from_matrix(matrix)
     table = interval_diameters(distances.matrix)

@@ -22,6 +22,7 @@ DISTANCES = Distances.from_matrix(robinson(7, seed=3))
 
 
 @given(any_matrix(), st.floats(0.001, 2), st.sampled_from(["linkage", "optimal", "even"]))
+@settings(deadline=None, max_examples=60)
 def test_the_threshold_takes_the_smallest_partition_below_it(
     matrix: np.ndarray, threshold: float, method: Any
 ) -> None:
@@ -66,7 +67,7 @@ def test_the_table_holds_every_number_of_groups_with_its_measures(
 
 
 @given(any_matrix())
-@settings(max_examples=40)
+@settings(deadline=None, max_examples=40)
 def test_optimal_is_never_wider_than_linkage_or_even_cuts(matrix: np.ndarray) -> None:
     distances = Distances.from_matrix(matrix)
     tables = {
@@ -149,6 +150,7 @@ def test_partition_json_has_the_keys_that_other_scripts_read() -> None:
 
 
 @given(any_matrix(), st.booleans())
+@settings(deadline=None, max_examples=30)
 def test_a_table_survives_json(matrix: np.ndarray, costed: bool) -> None:
     distances = Distances.from_matrix(matrix)
     table = group_layers(distances, threshold=0.1, cost=COST if costed else None)

@@ -149,7 +149,7 @@ any_joints = st.sampled_from([Joints(None, 0), Joints(1, 0), Joints(1, None), Jo
 
 
 class TestPacking:
-    @settings(deadline=None, max_examples=50)
+    @settings(deadline=None, max_examples=30)
     @given(
         documents=ids_documents,
         joints=any_joints,
@@ -301,7 +301,7 @@ class TestHeldOut:
 
 
 class TestCursor:
-    @settings(deadline=None, max_examples=50)
+    @settings(deadline=None, max_examples=30)
     @given(
         documents=ids_documents,
         joints=any_joints,
@@ -390,7 +390,7 @@ class TestCursor:
             )
             return getattr(corpus, part)()
 
-        cuts = np.random.default_rng(0).integers(1, 900, size=4).tolist()
+        cuts = np.random.default_rng(0).integers(1, 800, size=3).tolist()
         expected = fresh().next_contexts(sum(cuts) + 5)
         stream, got = fresh(), []
         for cut in cuts:
@@ -596,10 +596,9 @@ class TestRealText:
         assert Counter(documents) <= Counter(" ".join(map(str, story)) for story in ids)
         assert len(documents) > len(stories) - 3
 
-    @pytest.mark.parametrize("file", ["wikitext-2/valid.txt", "tinyshakespeare/input.txt"])
-    def test_prose_as_pythia_reads_it(self, shared: Path, file: str) -> None:
+    def test_prose_as_pythia_reads_it(self, shared: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "pythia-tokenizer")
-        path = shared / "text" / file
+        path = shared / "text" / "tinyshakespeare" / "input.txt"
         corpus = open_corpus(path, tokenizer=tokenizer, context_length=128, vocab_size=50_304)
         assert corpus.joints == Joints(bos=None, eos=0)
         train, held_out = drain(corpus.train()), drain(corpus.held_out())

@@ -58,6 +58,9 @@ class Browser:
     def open(self, page: Path) -> None:
         self._call("POST", f"{self._session}/url", {"url": page.resolve().as_uri()})
 
+    def resize(self, width: int) -> None:
+        self._call("POST", f"{self._session}/window/rect", {"width": width, "height": 900})
+
     def run(self, script: str) -> Any:
         body = {"script": script, "args": []}
         return self._call("POST", f"{self._session}/execute/sync", body)
@@ -134,7 +137,7 @@ def test_the_page_is_never_wider_than_the_window(
     browser: Browser, hostile_page: Path, width: int
 ) -> None:
     browser.open(hostile_page)
-    browser._call("POST", f"{browser._session}/window/rect", {"width": width, "height": 900})
+    browser.resize(width)
     assert browser.run(
         "return document.documentElement.scrollWidth <= document.documentElement.clientWidth"
     )

@@ -264,6 +264,12 @@ def test_missing_values_are_gaps_and_a_missing_baseline_is_not_drawn(run: Run) -
     assert {drawn.get_label() for drawn in axes.get_lines()} == {"one SAE per group"}
 
 
+@pytest.mark.parametrize("metrics", [("r2",), ("r2", "kl"), ("r2", "kl", "dead")])
+def test_any_metrics_can_be_drawn(run: Run, metrics: tuple[str, ...]) -> None:
+    figure = figures.per_layer(run.reconstruction["rows"], metrics)
+    assert sum(axes.get_visible() for axes in figure.axes) == len(metrics)
+
+
 def test_an_unknown_metric_is_named(run: Run) -> None:
     with pytest.raises(InputError, match=r"'r3'.*ce_loss_score"):
         figures.per_layer(run.reconstruction["rows"], ("r3",))

@@ -237,6 +237,20 @@ def test_what_was_equal_and_what_was_excluded_is_said(finished: Page) -> None:
     assert ["train", "long tokens", "0"] in cells
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("{exclude_special: true}", "Special tokens (BOS, EOS) are kept out"),
+        ("{exclude_special: false}", "Special tokens are treated as any others."),
+        ("{max_norm_multiple: 10}", "longer than 10 times its layer's mean norm"),
+        ("{max_norm_multiple: null}", "No token is dropped for the length"),
+    ],
+)
+def test_what_is_to_be_excluded_is_said(tmp_path: Path, settings: str, said: str) -> None:
+    (tmp_path / "config.yaml").write_text(f"tokens: {settings}\n")
+    assert said in words(tmp_path).text
+
+
 def test_every_figure_has_a_definition(page: Page) -> None:
     for term in ("Angular distance", "Height of a join", "AMAD(G)", "FVU", "R²", "Latent density"):
         assert term in page.text

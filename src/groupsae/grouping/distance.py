@@ -52,6 +52,7 @@ class AngularDistances:
         self.center = center
         self._sums = _ClusterSums()
 
+    @torch.no_grad()
     def update(
         self,
         streams: Float[Tensor, "layer token d_model"],
@@ -156,6 +157,7 @@ class LayerMoments:
         self._norms = _zero()  # [layer]
         self._centered_norms = _zero()  # [layer]
 
+    @torch.no_grad()
     def update(self, streams: Float[Tensor, "layer token d_model"]) -> None:
         """Counts more tokens in.
 

@@ -49,11 +49,9 @@ def read_run(directory: Path) -> Run:
     Where `stages.json` is there but does not have a stage, what the stage wrote belongs to an
     earlier config and is passed over. An unfinished training's metrics are shown all the same.
 
-    Raises
-    ------
-    InputError
-        If `directory` is no run directory, or an artefact is broken; it names the file and what
-        is wrong with it.
+    Raises:
+        InputError: If `directory` is no run directory, or an artefact is broken; it names the file
+            and what is wrong with it.
     """
     if not directory.is_dir():
         raise InputError(f"run directory {directory} does not exist; `groupsae run` makes one")

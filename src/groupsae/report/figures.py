@@ -324,7 +324,8 @@ def training_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
         curves.setdefault(str(line["sae"]), []).append(line)
     baselines = sorted(name for name in curves if name.startswith("baseline/"))
     groups = sorted((name for name in curves if name not in baselines), key=_first_layer)
-    scale, unit = si_scale(float(np.nanmax([number(line.get("tokens")) for line in metrics])))
+    tokens = [number(line.get("tokens")) for line in metrics]
+    scale, unit = si_scale(float(np.nanmax(tokens, initial=0)))
 
     figure = Figure(figsize=(PAGE, 2.75), layout=_roomy())
     panels = figure.subplots(1, 2)
@@ -500,7 +501,7 @@ def _per_layer_panel(axes: Axes, comparisons: Sequence[LayerComparison], key: st
             color=BASELINE,
             linewidth=1,
             marker="s",
-            markersize=size,
+            markersize=1.15 * size,
             markerfacecolor="white",
             markeredgewidth=size / 4,
             label="one SAE per layer",

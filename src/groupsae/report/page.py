@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from groupsae.errors import InputError
 from groupsae.report import contents
@@ -27,23 +26,16 @@ def write_report(run_directory: Path, *, formats: Sequence[str] = ("pdf", "png")
     A section whose artefact is missing says which stage writes it. The page holds its figures and
     loads nothing, from the network or elsewhere.
 
-    Parameters
-    ----------
-    run_directory
-        As `groupsae run` makes it. Its files are not trusted.
-    formats
-        File formats of the figures: of pdf, png and svg.
+    Args:
+        run_directory: As `groupsae run` makes it. Its files are not trusted.
+        formats: File formats of the figures: of pdf, png and svg.
 
-    Returns
-    -------
-    Path
+    Returns:
         The page, `run_directory / "report.html"`.
 
-    Raises
-    ------
-    InputError
-        If the folder is no run directory, an artefact is broken, a format is unknown or the disk
-        cannot be written.
+    Raises:
+        InputError: If the folder is no run directory, an artefact is broken, a format is unknown or
+            the disk cannot be written.
     """
     for form in formats:
         if form not in FORMATS:
@@ -78,8 +70,8 @@ def render(run: Run, figures: Mapping[str, Mapping[str, Any]]) -> str:
     )
     script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
     return environment.get_template("report.html.j2").render(
-        style=Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8")),
-        script=Markup(script),
+        style=(_TEMPLATES / "report.css").read_text(encoding="utf-8"),
+        script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         figures=figures,
         **contents.page_contents(run),
