@@ -27,7 +27,7 @@ PARTS_OF_SPEECH = (
 HELD_OUT_SEED = 1_000_000
 _PERIOD = r"[Tt]he (\w+)(?: of \w+)? (?:lasted from|went on from|began in) the year (\d+)"
 
-documents = st.builds(bundled.document, st.integers(0, 100_000), st.integers(0, 1000))
+any_document = given(index=st.integers(0, 100_000), seed=st.integers(0, 1000))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_a_document_depends_on_its_index_and_seed_alone() -> None:
     forwards = list(bundled.documents(0, 50, seed=3))
     assert [bundled.document(index, seed=3) for index in reversed(range(50))] == forwards[::-1]
     assert list(bundled.documents(20, 50, seed=3)) == forwards[20:]
-    assert len({document.text for document in bundled.documents(0, 500, seed=3)}) > 495
+    assert len({document.text for document in bundled.documents(0, 200, seed=3)}) > 195
     assert not {d.text for d in forwards} & {d.text for d in bundled.documents(0, 50, seed=4)}
 
 
@@ -70,8 +70,9 @@ def test_the_text_is_still_the_one_that_the_model_was_trained_on(log: dict[str, 
     assert hashlib.sha256(text.encode()).hexdigest() == log["text_sha256"]
 
 
-@given(documents)
-def test_spans_cover_every_word_once_and_in_order(document: bundled.Document) -> None:
+@any_document
+def test_spans_cover_every_word_once_and_in_order(index: int, seed: int) -> None:
+    document = bundled.document(index, seed)
     covered = 0
     for span in document.spans:
         assert covered <= span.start < span.end
@@ -80,8 +81,9 @@ def test_spans_cover_every_word_once_and_in_order(document: bundled.Document) ->
     assert covered == len(document.text)
 
 
-@given(documents)
-def test_attributes_agree_with_the_text(document: bundled.Document) -> None:
+@any_document
+def test_attributes_agree_with_the_text(index: int, seed: int) -> None:
+    document = bundled.document(index, seed)
     for span in document.spans:
         text, has = document.text[span.start : span.end], span.attributes
         word = text.lower()
@@ -114,8 +116,9 @@ def test_attributes_agree_with_the_text(document: bundled.Document) -> None:
         )
 
 
-@given(documents)
-def test_sentences_begin_large_and_end_with_a_full_stop(document: bundled.Document) -> None:
+@any_document
+def test_sentences_begin_large_and_end_with_a_full_stop(index: int, seed: int) -> None:
+    document = bundled.document(index, seed)
     assert document.text.endswith(".")
     for sentence in document.text.split(". "):
         assert sentence[0].isupper()
@@ -124,7 +127,7 @@ def test_sentences_begin_large_and_end_with_a_full_stop(document: bundled.Docume
 
 def test_verbs_agree_with_the_nearest_true_subject() -> None:
     """A plural auxiliary never follows "The <singular noun>" directly, nor the other way."""
-    for document in bundled.documents(0, 1500, seed=9):
+    for document in bundled.documents(0, 500, seed=9):
         for first, second in zip(document.spans, document.spans[1:], strict=False):
             here, there = first.attributes, second.attributes
             begins = document.text[: first.start].rsplit(". ", 1)[-1] in ("The ", "")
@@ -133,7 +136,7 @@ def test_verbs_agree_with_the_nearest_true_subject() -> None:
 
 
 def test_the_three_tasks_occur_and_are_answered_rightly() -> None:
-    text = list(bundled.texts(0, 3000, seed=5))
+    text = list(bundled.texts(0, 1500, seed=5))
     name = r"([A-Z]\w+)"
     gave = "(?:" + "|".join(words.GIVING) + ")"
     gift = re.compile(
@@ -141,7 +144,7 @@ def test_the_three_tasks_occur_and_are_answered_rightly() -> None:
         rf"{name} {gave} an? [\w ]+ to {name}\."
     )
     gifts = [match.groups() for document in text for match in gift.finditer(document)]
-    assert len(gifts) > 100
+    assert len(gifts) > 50
     assert all({giver, recipient} == {a, b} for a, b, giver, recipient in gifts)
     shares = [giver == a for a, _, giver, _ in gifts]
     assert 0.3 < sum(shares) / len(shares) < 0.7  # both orders of the names
@@ -151,16 +154,16 @@ def test_the_three_tasks_occur_and_are_answered_rightly() -> None:
         for document in text
         for match in re.finditer(r"from the year (\d\d)(\d\d) to the year (\d\d)(\d\d)", document)
     ]
-    assert len(periods) > 500
+    assert len(periods) > 250
     assert all(c == d and first < last for c, first, d, last in periods)
     assert len({century for century, *_ in periods}) == 9
 
     far = [d for d in text if re.search(r"The (\w+ )?\w+ that the \w+ \w+ (is|are|has|have) ", d)]
-    assert len(far) > 100
+    assert len(far) > 50
 
 
 def test_held_out_combinations_never_occur() -> None:
-    for document in bundled.documents(0, 3000, seed=6):
+    for document in bundled.documents(0, 1000, seed=6):
         people = {
             str(span.attributes["entity"])
             for span in document.spans
@@ -193,9 +196,9 @@ def test_tokens_take_the_attributes_of_the_word_they_cover(tokenizer: Any) -> No
 def test_prompts_are_pairs_of_equal_length_with_answers_of_one_token(
     task: str, tokenizer: Any
 ) -> None:
-    examples = bundled.prompts(task, 500, seed=2)
-    assert examples == bundled.prompts(task, 500, seed=2)
-    assert examples != bundled.prompts(task, 500, seed=3)
+    examples = bundled.prompts(task, 200, seed=2)
+    assert examples == bundled.prompts(task, 200, seed=2)
+    assert examples != bundled.prompts(task, 200, seed=3)
     for example in examples:
         clean, patch = (tokenizer(example[x])["input_ids"] for x in ("x_clean", "x_patch"))
         assert len(clean) == len(patch)
@@ -208,7 +211,7 @@ def test_prompts_are_pairs_of_equal_length_with_answers_of_one_token(
 
 
 def test_prompts_never_occur_in_the_text() -> None:
-    text = "\n".join(bundled.texts(0, 3000))
+    text = "\n".join(bundled.texts(0, 1500))
     for task in TASKS:
         for example in bundled.prompts(task, 100):
             assert example["x_clean"] + example["a_clean"] not in text
@@ -240,7 +243,7 @@ def test_the_tokenizer_knows_every_word_and_splits_years(tokenizer: Any) -> None
     assert tokenizer.eos_token == "<|endoftext|>"
     assert tokenizer.convert_tokens_to_ids("<|endoftext|>") == tokenizer.eos_token_id == 0
     ids = tokenizer("The war lasted from the year 1732 to the year 1745.")["input_ids"]
-    assert [tokenizer.decode([i]) for i in ids][5:7] == [" 17", "32"]
+    assert [tokenizer.decode([i]) for i in ids][6:8] == [" 17", "32"]
 
 
 @pytest.mark.parametrize(
@@ -252,7 +255,15 @@ def test_the_model_solves_the_tasks_on_held_out_prompts(
     found = accuracies(model, tokenizer, bundled.prompts(task, 400, seed=11))
     assert found["all"] > least
     assert found["all"] == pytest.approx(log["after_rounding"][task]["all"], abs=0.03)
-    assert found.get("later minus earlier", 1.0) > 0.9
+
+
+def test_the_model_compares_years_and_does_not_only_know_which_are_common(
+    model: Any, tokenizer: Any, log: dict[str, Any]
+) -> None:
+    found = accuracies(model, tokenizer, bundled.prompts("greater_than", 400, seed=11))
+    blind = log["after_rounding"]["blind_to_the_first_year"]["later minus earlier"]
+    assert found["later minus earlier"] > 0.8 > 2 * blind
+    assert found["next over same"] > 0.7
 
 
 def test_the_loss_on_held_out_text_is_the_model_cards(
@@ -261,9 +272,9 @@ def test_the_loss_on_held_out_text_is_the_model_cards(
     import torch
 
     stream: list[int] = []
-    for text in bundled.texts(10_000, 10_400, seed=HELD_OUT_SEED):
+    for text in bundled.texts(10_000, 10_250, seed=HELD_OUT_SEED):
         stream += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-    ids = torch.tensor(stream[: 64 * 256]).view(64, 256)
+    ids = torch.tensor(stream[: 40 * 256]).view(40, 256)
     with torch.no_grad():
         loss = model(input_ids=ids, labels=ids).loss.item()
     expected = log["after_rounding"]["held_out_loss"]

@@ -37,6 +37,7 @@ _BLOCK = 1000  # documents read at a time; a stream is shuffled within such a bl
 _PIECE = 2_000  # characters after which a .txt file without markers is cut at the next blank line
 _LONGEST_PIECE = 20_000  # ... and here it is cut at the next line end, blank or not
 
+_SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
 _BUILDERS = {
     ".txt": "txt",
     ".jsonl": "json",
@@ -127,8 +128,8 @@ class _Indexed:
         self._rows = dataset.select_columns([column]).with_format(None)
         self._column, self._source, self._seed = column, source, seed
         if not _surely_text_or_ids(self._rows.features[column]):
-            for row in range(len(dataset)):  # before any work, rather than deep in a run
-                self._read_rows(np.array([row]))
+            for first in range(0, len(dataset), _BLOCK):  # now, rather than deep in a run
+                self._read_rows(np.arange(first, min(first + _BLOCK, len(dataset))))
 
     def read(self, start: Position) -> Iterator[Document]:
         order = np.random.default_rng([self._seed, start.epoch]).permutation(len(self._rows))
@@ -304,9 +305,6 @@ def _load(path: Path, split: str, subset: str | None) -> Any:
         )
 
 
-_SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
-
-
 def _split(path: Path, splits: Any, split: str) -> Any:
     named = {str(name): value for name, value in splits.items()}
     if split not in named:
@@ -467,16 +465,11 @@ def _explanation(source: str, error: BaseException) -> str:
     while cause := causes[-1].__cause__:
         causes.append(cause)
     reason = next((text for cause in reversed(causes) if (text := str(cause))), repr(error))
-    for cause in causes:
-        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "Not enough disk space" in str(cause) or "No space left" in str(cause):
-            from datasets import config
-
-            return (
-                f"tokens.source={source!r}: no free disk for the cache of data sets in "
-                f"{config.HF_DATASETS_CACHE} ({reason}). Free some space, or set "
-                "HF_DATASETS_CACHE to a folder on a larger disk."
-            )
+    if complaint := _complaint_of_the_cache(causes):
+        return (
+            f"tokens.source={source!r}: {complaint} ({reason}). Mend that, or set "
+            "HF_DATASETS_CACHE to another folder."
+        )
     if Path(source).expanduser().exists():
         return f"tokens.source={source!r} cannot be read: {reason}"
     return (
@@ -486,18 +479,37 @@ def _explanation(source: str, error: BaseException) -> str:
     )
 
 
+def _complaint_of_the_cache(causes: list[BaseException]) -> str | None:
+    from datasets import config
+
+    cache = Path(config.HF_DATASETS_CACHE)
+    for cause in causes:
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "Not enough disk space" in str(cause) or "No space left" in str(cause):
+            return f"no free disk for the cache of data sets, {cache}"
+        if isinstance(cause, OSError) and isinstance(cause.filename, str):
+            where = Path(cause.filename)
+            if where.is_relative_to(cache) or cache.is_relative_to(where):
+                return f"the cache of data sets, {cache}, cannot be written"
+    return None
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars of `datasets` and its remarks on a folder's README."""
+    """Without the progress bars of `datasets`, and what it logs besides what it raises."""
     import datasets
 
-    cards = logging.getLogger("huggingface_hub.repocard")
-    level, bars = cards.level, not datasets.are_progress_bars_disabled()
-    cards.setLevel(logging.ERROR)
+    # The second remarks on a folder's README.
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub.repocard")]
+    levels = [logger.level for logger in loggers]
+    bars = not datasets.are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        cards.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if bars:
             datasets.enable_progress_bars()

@@ -271,9 +271,13 @@ class TokenStream:
         """
         read = [self._pending]
         missing = n * self.context_length - len(self._pending)
-        while missing > 0 and (tokens := self._read(repeat)) is not None:
-            read.append(tokens)
-            missing -= len(tokens)
+        try:
+            while missing > 0 and (tokens := self._read(repeat)) is not None:
+                read.append(tokens)
+                missing -= len(tokens)
+        except BaseException:  # an interrupt, a lost connection: another try begins at the cursor
+            self._rewind()
+            raise
         self._pending = np.concatenate(read) if len(read) > 1 else self._pending
         return pack(self._pending, n, self.context_length, self.corpus.joints.bos)
 
@@ -325,17 +329,17 @@ class TokenStream:
                     yield document
 
     def _tokenise(self, batch: list[Document]) -> list[np.ndarray]:
-        corpus = self.corpus
-        bos, eos = corpus.joints
-        before = [] if bos is None else [bos]
-        after = [] if eos is None else [eos]
+        """The ids of each document between its joints."""
+        bos, eos = self.corpus.joints
+        before = np.array([] if bos is None else [bos], np.int64)
+        after = np.array([] if eos is None else [eos], np.int64)
         tokenised = []
-        for ids in _token_ids(corpus, batch):
-            if isinstance(ids, np.ndarray):  # came as ids, perhaps with joints of their own
+        for document, ids in zip(batch, _token_ids(self.corpus, batch), strict=True):
+            if not isinstance(document.content, str):  # ids may bring joints of their own
                 ids = ids[1:] if bos is not None and ids[0] == bos else ids
                 ids = ids[:-1] if eos is not None and ids.size and ids[-1] == eos else ids
-            tokenised.append(np.concatenate([before, ids, after]).astype(np.int64))
-        _check_vocabulary(corpus, tokenised)
+            tokenised.append(np.concatenate([before, ids, after]))
+        _check_vocabulary(self.corpus, tokenised)
         return tokenised
 
     def _end_of_text(self, asked: int, left: int) -> EndOfText:
@@ -353,11 +357,13 @@ class TokenStream:
     def _too_short(self, needed: int, found: int) -> InputError:
         length, text = self.context_length, f"{_NAMES[self.part]} of {self.corpus.source!r}"
         holds = f"fills {found:,} contexts of {length} tokens" if len(self._pending) else "is empty"
-        verb = "raise" if self.part == "held_out" else "lower"
+        mends = "Give more text, shorten tokens.context_length or make the batch smaller"
+        if self.corpus.held_out_share:
+            verb = "raise" if self.part == "held_out" else "lower"
+            mends += f", or {verb} tokens.held_out={self.corpus.held_out_share}"
         return InputError(
             f"tokens.source: the {text} {holds}, and {needed:,} contexts ({needed * length:,} "
-            "tokens) are needed at once. Give more text, shorten tokens.context_length, make the "
-            f"batch smaller, or {verb} tokens.held_out={self.corpus.held_out_share}."
+            f"tokens) are needed at once. {mends}."
         )
 
 
@@ -413,7 +419,7 @@ def pack(
 
 
 _NAMES = {"train": "training part", "held_out": "held-out part"}
-_DOCUMENTS_PER_BATCH = 256
+_DOCUMENTS_PER_BATCH = 64
 _CHARACTERS_PER_BATCH = 1_000_000  # a batch also ends here, for corpora of books
 
 
@@ -448,20 +454,23 @@ def _is_held_out(content: bytes, seed: int, share: float) -> bool:
     return int.from_bytes(digest, "big") < share * 2**64
 
 
-def _token_ids(corpus: Corpus, batch: list[Document]) -> list[Any]:
-    """The ids of each document: a list where they come from text, an array where they were ids."""
+def _token_ids(corpus: Corpus, batch: list[Document]) -> list[np.ndarray]:
+    """The ids of each document, without anything around them."""
     contents = [document.content for document in batch]
     texts = [content for content in contents if isinstance(content, str)]
-    if texts and corpus.tokenizer is None:
-        raise InputError(
-            f"tokens.source={corpus.source!r} holds text, and the model has no tokenizer. Put the "
-            "model's tokenizer beside its weights, or give a source of token ids."
-        )
     of_texts: Iterator[list[int]] = iter(())
-    if texts and corpus.tokenizer is not None:
+    if texts:
+        if corpus.tokenizer is None:
+            raise InputError(
+                f"tokens.source={corpus.source!r} holds text, and the model has no tokenizer. Put "
+                "the model's tokenizer beside its weights, or give a source of token ids."
+            )
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         of_texts = iter(corpus.tokenizer(texts, **options)["input_ids"])
-    return [next(of_texts) if isinstance(content, str) else content for content in contents]
+    return [
+        np.array(next(of_texts) if isinstance(content, str) else content, np.int64)
+        for content in contents
+    ]
 
 
 def _check_vocabulary(corpus: Corpus, tokenised: list[np.ndarray]) -> None:

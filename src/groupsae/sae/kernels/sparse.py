@@ -66,7 +66,7 @@ def encode(
 ) -> Latents:
     """TopK(relu(W_enc inputs + b_enc)), a chunk of tokens at a time."""
     rows = max(_CHUNK_BYTES // (b_enc.element_size() * len(b_enc)), 1)
-    chunks = [topk(F.linear(chunk, W_enc, b_enc), k) for chunk in inputs.split(rows)]
+    chunks = [topk(F.linear(chunk, W_enc, b_enc), k) for chunk in torch.split(inputs, rows)]
     return Latents(
         torch.cat([chunk.values for chunk in chunks]),
         torch.cat([chunk.indices for chunk in chunks]),
