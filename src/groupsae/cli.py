@@ -223,19 +223,19 @@ def _show_evaluation(rows: list[dict[str, Any]]) -> None:
     """Group and baseline side by side, layer by layer, with their means."""
     columns = {"CELS": "ce_loss_score", "R²": "r2", "L2": "l2", "L0": "l0"}
     partitions = [name for name in ("groups", "baseline") if name in {r["partition"] for r in rows}]
-    table = Table(title="Held-out text, at equal training tokens per SAE")
+    table = Table(title="Held-out text, groups and baseline, at equal training tokens")
     table.add_column("layer", justify="right")
     for column in columns:
         for partition in partitions:
-            table.add_column(f"{column}\n{partition}", justify="right")
+            table.add_column(f"{column}\n{partition[:5]}", justify="right")
     found = {(row["layer"], row["partition"]): row for row in rows}
     layers = sorted({row["layer"] for row in rows})
     wanted = [(key, partition) for key in columns.values() for partition in partitions]
     for layer in layers:
-        cells = (f"{found[layer, partition][key]:.4g}" for key, partition in wanted)
+        cells = (_number(found[layer, partition][key]) for key, partition in wanted)
         table.add_row(str(layer), *cells, end_section=layer == layers[-1])
     means = (
-        f"{sum(found[layer, partition][key] for layer in layers) / len(layers):.4g}"
+        _number(sum(found[layer, partition][key] for layer in layers) / len(layers))
         for key, partition in wanted
     )
     table.add_row("mean", *means, style="bold")
@@ -273,8 +273,10 @@ def _span(group: tuple[int, ...]) -> str:
     return str(group[0]) if len(group) == 1 else f"{group[0]}-{group[-1]}"
 
 
-def _number(value: object) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else "–" if value is None else str(value)
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if abs(value) < 1 else f"{value:.4g}"
 
 
 def _version(asked: bool | None) -> None:

@@ -161,7 +161,8 @@ class TrainingConfig(_Section):
     gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm, per SAE")
     auxk_weight: float = Field(1 / 32, ge=0, description="weight of the auxiliary loss; 0: none")
     dead_after_tokens: Count = Field(
-        10_000_000, description="a latent that was silent for so many tokens counts as dead"
+        250_000,
+        description="a latent that was silent for so many tokens counts as dead (paper: 10M)",
     )
     layer_sampling: Literal["uniform"] = Field(
         "uniform", description="per token, which member layer a group sees"

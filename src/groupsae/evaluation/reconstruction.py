@@ -81,6 +81,7 @@ def evaluate_reconstruction(
     layers = sorted({layer for _, layer, _ in tallies})
     clean = _Mean()
     zeros = {layer: _Mean() for layer in layers}
+    excluded = 0
     contexts = math.ceil(tokens / stream.context_length)
     special = tuple(special)
 
@@ -89,6 +90,7 @@ def evaluate_reconstruction(
             input_ids = stream.next_contexts(min(batch_contexts, contexts))
             contexts -= len(input_ids)
             mask = ~special_mask(input_ids, special)
+            excluded += int((~mask).sum())
             input_ids, mask = input_ids.to(host.device), mask.to(host.device)
             clean_logits = host.logits(input_ids)
             clean.add(_cross_entropy(clean_logits, input_ids, mask))
@@ -131,7 +133,12 @@ def evaluate_reconstruction(
                 "dead_in_group": float((fired[id(subject.sae)] == 0).double().mean()),
             }
         )
-    return {"definitions": DEFINITIONS, "tokens": clean.count, "rows": rows}
+    return {
+        "definitions": DEFINITIONS,
+        "tokens": clean.count,
+        "excluded_special_tokens": excluded,
+        "rows": rows,
+    }
 
 
 class _Mean:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -91,13 +93,14 @@ class _Loader:
     def read(self, reader: Any, **options: Any) -> Any:
         local = isinstance(self.source, Path)
         try:
-            return reader.from_pretrained(
-                str(self.source),
-                revision=self.revision or "main",
-                local_files_only=local,
-                trust_remote_code=False,
-                **options,
-            )
+            with _without_progress_bars(quiet=local):
+                return reader.from_pretrained(
+                    str(self.source),
+                    revision=self.revision or "main",
+                    local_files_only=local,
+                    trust_remote_code=False,
+                    **options,
+                )
         except Exception as error:  # whatever a library raises on a file that it cannot read
             reason = " ".join(str(error).split())
             if local:
@@ -108,6 +111,21 @@ class _Loader:
                 f"Hugging Face hub: {reason} Check the name, or download the model first "
                 f"(`hf download {self.name}`) and give its folder."
             ) from error
+
+
+@contextmanager
+def _without_progress_bars(*, quiet: bool) -> Iterator[None]:
+    """Reading from a disk is quick and needs no bar; a download keeps its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if quiet:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _source(name: str | Path, revision: str | None) -> Path | str:
