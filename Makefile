@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check figures clean
+.PHONY: demo test check clean
 
 ## The main job on the bundled model: measure, group, train, evaluate, report.
 demo: $(VENV)/.installed

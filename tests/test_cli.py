@@ -46,6 +46,13 @@ def test_the_whole_job_and_then_every_stage_by_itself(groupsae, tiny_config, tmp
         assert "already done" in err
 
 
+def test_a_run_that_must_fail_late_is_refused_at_once(groupsae, tiny_config, tmp_path):
+    code, _, err = groupsae("run", *tiny_config, "evaluation.tokens=50M", "-o", tmp_path / "run")
+    assert code == 2
+    assert "evaluation.tokens=50000000" in err
+    assert not (tmp_path / "run" / "distances.json").exists()
+
+
 def test_help_shows_every_key_with_meaning_and_default(groupsae):
     _, out, _ = groupsae("run", "--help")
     words = " ".join(out.split())
@@ -129,7 +136,7 @@ def test_a_full_disk_is_said_and_costs_nothing_finished(
     monkeypatch.setattr("groupsae.training.session.train", full)
     code, _, err = groupsae("run", *tiny_config, "--out", tmp_path / "run")
     assert code == 2
-    assert "state.safetensors cannot be written: No space left on device" in err
+    assert "state.safetensors cannot be read or written: No space left on device" in err
     assert (tmp_path / "run" / "partition.json").exists()
 
 
@@ -142,14 +149,40 @@ def test_an_error_of_the_program_itself_is_not_hidden(groupsae, tiny_config, tmp
         groupsae("run", *tiny_config, "--out", tmp_path / "run")
 
 
+def test_a_narrow_terminal_costs_no_digits(groupsae, tmp_path, monkeypatch):
+    matrix = np.linspace(0.101, 0.9, 20 * 20).reshape(20, 20)
+    np.save(tmp_path / "distances.npy", np.tril(matrix, -1))
+    monkeypatch.setenv("COLUMNS", "40")
+    code, out, _ = groupsae("groups", "--distances", tmp_path / "distances.npy")
+    assert code == 0
+    assert "…" not in out
+    assert "  ".join(map(str, range(20))) in out
+
+
+def test_names_are_no_markup(groupsae, tiny_config, tmp_path):
+    directory = tmp_path / "[red]x [bold]"
+    code, _, err = groupsae("evaluate", *tiny_config, "--out", directory)
+    assert code == 2
+    assert "[red]x [bold] holds no training.json" in err
+    code, out, _ = groupsae("plan", "host.name=[red]x", "host.n_layers=4", "host.d_model=64")
+    assert code == 0
+    assert out.startswith("[red]x: 4 layers")
+
+
+def test_a_plan_of_what_cannot_be_is_refused(groupsae):
+    code, _, err = groupsae("plan", "host.n_layers=4", "host.d_model=8", "sae.k=200")
+    assert code == 2
+    assert "sae.k: 200 is more than d_sae = 128" in err
+
+
 def test_as_a_program_of_its_own(tmp_path):
-    def call(*arguments):
+    def call(*arguments, **environment):
         return subprocess.run(
             [sys.executable, "-c", "from groupsae.cli import main; main()", *arguments],
             capture_output=True,
             text=True,
             cwd=tmp_path,
-            env={**os.environ, "NO_COLOR": "1"},
+            env={**os.environ, "NO_COLOR": "1", **environment},
             timeout=120,
         )
 
@@ -159,3 +192,6 @@ def test_as_a_program_of_its_own(tmp_path):
         "groupsae: training.tokn = 3: there is no such key; did you mean training.tokens?"
     )
     assert call("--version").stdout.strip() == "groupsae 0.1.0"
+    ascii_only = call("run", "--help", PYTHONIOENCODING="ascii")
+    assert ascii_only.returncode == 0
+    assert ascii_only.stderr == ""

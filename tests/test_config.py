@@ -60,10 +60,14 @@ def test_counts_can_be_written_as_people_write_them(written, meant):
         ("training.tokens=many", "training.tokens = 'many'"),
         ("training.tokens=1.5", "training.tokens = 1.5"),
         ("training.tokens=-4096", "training.tokens = -4096: Input should be greater than 0"),
+        ("sae.k=true", "sae.k = True: Input should be a whole number"),
+        ("training.seed=10000000000", "training.seed = 10000000000: Input should be less than"),
         ("sae.k=0", "sae.k = 0: Input should be greater than 0"),
         ("sae=3", "sae = 3: this is a section; give its keys"),
         ("sae.architecture=topp", "sae.architecture = 'topp': Input should be 'topk'"),
         ("sae.d_sae=16", "sae.k: 32 is more than sae.d_sae = 16; lower k"),
+        ("training.tokens=1.2.3", "training.tokens = '1.2.3': Input should be a valid integer"),
+        ("provenance=3", "provenance = 3: Input should be a valid dictionary"),
         ("tokens.held_out=1.5", "tokens.held_out = 1.5: Input should be less than 1"),
         ("grouping.threshold=0", "grouping.threshold = 0"),
         ("grouping.method=kmeans", "'linkage', 'optimal' or 'even'"),
@@ -80,6 +84,10 @@ def test_a_wrong_key_or_value_is_named_with_what_is_allowed(override, message):
     with pytest.raises(InputError) as error:
         Config.load(None, [override])
     assert message in str(error.value)
+
+
+def test_layers_are_put_in_order():
+    assert Config.load(None, ["grouping.layers=[4,2,4]"]).grouping.layers == (2, 4)
 
 
 def test_a_fixed_number_of_groups_and_a_partition_exclude_each_other():
@@ -125,3 +133,10 @@ def test_the_paper_s_learning_rate():
     config = Config.load(None, ["training.learning_rate=null"])
     assert config.training.rate(2**14) == pytest.approx(2e-4)
     assert config.training.rate(12288) == pytest.approx(2e-4 / (12288 / 2**14) ** 0.5)
+
+
+def test_k_is_held_against_the_width_that_expansion_gives():
+    sae = Config.load(overrides=["sae.k=33", "sae.expansion=1"]).sae
+    assert sae.width(33) == 33
+    with pytest.raises(InputError, match=r"sae\.k: 33 is more than d_sae = 32 .*raise sae\.exp"):
+        sae.width(32)

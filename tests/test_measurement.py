@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from groupsae.errors import InputError
 from groupsae.grouping.distance import AngularDistances
 from groupsae.host.model import HostModel
 from groupsae.measurement import load_moments, measure_layers, save_moments
@@ -81,3 +82,13 @@ def test_distances_of_a_real_model_are_those_measured_elsewhere(shared):
             distances.update(torch.stack([streams[layer][0, 1:] for layer in range(6)]))
             tokens += streams[0].shape[1] - 1
     assert np.abs(distances.result().matrix - STORIES3M).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x08" + bytes(7) + b"{}      "], ids=["empty", "no tensors"]
+)
+def test_damaged_moments_are_named(tmp_path, content):
+    path = tmp_path / "moments.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"moments\.safetensors is damaged .* remove it"):
+        load_moments(path)

@@ -137,11 +137,13 @@ def test_sae_normalises_each_layer_to_mean_norm_one(finished):
 
 def test_a_stage_without_what_comes_before_it_says_so(module_config, tmp_path):
     run = Run(tmp_path / "run", module_config)
-    with pytest.raises(InputError, match=r"holds no distances\.json yet; run `groupsae distances"):
+    with pytest.raises(
+        InputError, match=r"holds no distances\.json of .*; run `groupsae distances"
+    ):
         run.groups()
-    with pytest.raises(InputError, match=r"holds no partition\.json yet; run `groupsae groups"):
+    with pytest.raises(InputError, match=r"holds no partition\.json of .*; run `groupsae groups"):
         run.train()
-    with pytest.raises(InputError, match=r"holds no training\.json yet; run `groupsae train"):
+    with pytest.raises(InputError, match=r"holds no training\.json of .*; run `groupsae train"):
         run.evaluate()
 
 
@@ -154,12 +156,36 @@ def test_another_config_is_refused_and_nothing_is_touched(copy, module_config):
     assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
 
 
+def test_the_size_of_a_forward_changes_the_explained_variance_and_counts(copy, module_config):
+    with pytest.raises(InputError, match=r"evaluation\.batch_contexts was 32, is now 8"):
+        Run(copy, changed(module_config, evaluation={"batch_contexts": 8}))
+
+
 def test_redo_repeats_from_the_changed_stage_on(copy, module_config):
     distances = (copy / "distances.json").stat().st_mtime_ns
     run = Run(copy, changed(module_config, sae={"k": 5}), redo=True)
     run.all()
     assert (copy / "distances.json").stat().st_mtime_ns == distances
     assert run.sae(0).config.k == 5
+
+
+def test_redo_destroys_nothing_before_the_stage_begins(copy, module_config):
+    with pytest.raises(InputError, match=r"sae\.k"):
+        Run(copy, changed(module_config, sae={"d_sae": None, "k": 5000}), redo=True).all()
+    run = Run(copy, module_config)
+    assert run._stages.is_done("report")
+    assert set(run.saes()) == set(run.train())
+
+
+def test_a_group_of_one_layer_is_that_layer_s_baseline(finished):
+    groups = finished.groups().partition.groups
+    alone = next(group[0] for group in groups if len(group) == 1)
+    saes = finished.saes()
+    for name, tensor in saes[f"layers-{alone:02d}"].state_dict().items():
+        assert torch.equal(tensor, saes[f"baseline/layers-{alone:02d}"].state_dict()[name])
+    rows = [row for row in finished.evaluate() if row["layer"] == alone]
+    assert rows[0]["r2"] == rows[1]["r2"]
+    assert rows[0]["ce_loss_score"] == rows[1]["ce_loss_score"]
 
 
 def test_keys_that_change_no_result_do_not_count(copy, module_config):
@@ -202,8 +228,9 @@ def test_other_folders_and_files_are_refused(tmp_path):
             r"grouping\.layers: \[3\] does not fit .* layers are 0 to 2",
         ),
         ("grouping", {"groups": 9}, r"groups is 9; 3 layers make 1 to 3 groups"),
-        ("grouping", {"groups": None, "partition": [[0], [2]]}, "1"),
-        ("grouping", {"groups": None, "partition": [[0, 1], [1, 2]]}, "1"),
+        ("grouping", {"groups": None, "partition": [[0], [2]]}, "layers 1 are in no group"),
+        ("grouping", {"groups": None, "partition": [[0, 1], [1, 2]]}, "overlap: layer 1 is in"),
+        ("sae", {"d_sae": None, "expansion": 1, "k": 33}, r"sae\.k: 33 .* d_sae = 32"),
         ("tokens", {"context_length": 100}, r"context_length.*100.*48"),
         ("tokens", {"source": "nowhere.jsonl"}, r"nowhere\.jsonl"),
         ("tokens", {"column": "words"}, "words.*text"),
@@ -213,13 +240,13 @@ def test_other_folders_and_files_are_refused(tmp_path):
         ("host", {"name": "./nowhere"}, "nowhere"),
     ],
 )
-def test_what_cannot_work_is_refused_before_training(
+def test_what_cannot_work_is_refused_before_any_work(
     module_config, tmp_path, section, keys, message
 ):
     run = Run(tmp_path / "run", changed(module_config, **{section: keys}))
     with pytest.raises(InputError, match=message):
         run.all()
-    assert not (tmp_path / "run" / "saes").exists()
+    assert not (tmp_path / "run" / "distances.json").exists()
 
 
 def test_distances_from_elsewhere_need_no_host(module_config, tmp_path):
@@ -227,6 +254,37 @@ def test_distances_from_elsewhere_need_no_host(module_config, tmp_path):
     distances = Distances.from_matrix(matrix)
     run = Run(tmp_path / "run", changed(module_config, host={"name": "./nowhere"}))
     assert run.adopt(distances).partition.groups == ((0, 1), (2,))
+
+
+def test_distances_from_elsewhere_may_be_given_again_but_not_others(module_config, tmp_path):
+    matrix = np.array([[0, 0.1, 0.4], [0.1, 0, 0.35], [0.4, 0.35, 0]])
+    for _ in range(2):
+        run = Run(tmp_path / "run", module_config)
+        assert run.adopt(Distances.from_matrix(matrix)).chosen == 2
+    with pytest.raises(InputError, match="holds other distances"):
+        run.adopt(Distances.from_matrix(matrix / 2))
+
+
+def test_of_distances_from_elsewhere_the_listed_layers_are_grouped(module_config, tmp_path):
+    matrix = np.array([[0, 0.1, 0.4], [0.1, 0, 0.35], [0.4, 0.35, 0]])
+    config = changed(module_config, grouping={"layers": [2, 0]})
+    table = Run(tmp_path / "run", config).adopt(Distances.from_matrix(matrix))
+    assert table.layers == (0, 2)
+
+
+def test_adopted_distances_may_cover_the_last_layer(module_config, tmp_path):
+    """A matrix from elsewhere has it, though by default the last layer is not measured."""
+    config = changed(module_config, grouping={"layers": "all_but_last"})
+    run = Run(tmp_path / "run", config)
+    run.adopt(Distances.from_matrix(np.array([[0, 0.4, 0.4], [0.4, 0, 0.1], [0.4, 0.1, 0]])))
+    assert {"layers-00", "layers-01-02"} <= set(run.train())
+
+
+def test_what_a_stage_left_for_another_config_is_not_taken(copy, module_config):
+    run = Run(copy, changed(module_config, grouping={"distance_tokens": 1000}), redo=True)
+    run.distances()
+    with pytest.raises(InputError, match=r"holds no partition\.json of this config"):
+        run.train()
 
 
 def test_adopted_distances_can_be_trained_on(module_config, tmp_path):
@@ -268,7 +326,6 @@ def test_an_interrupted_training_continues_to_the_same_weights(
         for key, tensor in sae.state_dict().items():
             assert torch.equal(tensor, continued[name].state_dict()[key]), (name, key)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
-    assert [line["step"] for line in lines if line["sae"] == "layers-00"] in ([4, 8, 12, 16], [])
     assert sorted({line["step"] for line in lines}) == [4, 8, 12, 16]
     assert len(lines) == 4 * len(continued)
 
@@ -307,5 +364,80 @@ def test_saes_load_by_themselves(finished):
     for name, sae in finished.saes().items():
         alone = SAE.load(finished.directory / "saes" / name)
         assert torch.equal(alone.W_dec, sae.W_dec)
-    with pytest.raises(InputError, match="layer 7 belongs to no group"):
+    with pytest.raises(InputError, match="layer 7 is in no group"):
         finished.sae(7)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "distances.json",
+        "partition.json",
+        "training.json",
+        "stages.json",
+        "evaluation/reconstruction.json",
+    ],
+)
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"train": 3}', "\0"])
+def test_damaged_artefacts_are_named(copy, name, content):
+    (copy / name).write_text(content)
+    with pytest.raises(InputError, match=Path(name).stem):
+        Run(copy).all()
+
+
+@pytest.mark.parametrize("content", ["", "sae:\n  k: 4\n"])
+def test_a_config_that_no_run_wrote_is_neither_taken_nor_touched(copy, module_config, content):
+    (copy / "config.yaml").write_text(content)
+    for config in (None, module_config):
+        with pytest.raises(InputError, match=r"config\.yaml was not written by a run"):
+            Run(copy, config, redo=True)
+    assert (copy / "config.yaml").read_text() == content
+
+
+def test_stages_made_otherwise_than_the_config_says_are_not_overwritten(copy):
+    stages = json.loads((copy / "stages.json").read_text())
+    stages["train"]["key"] = "of another version"
+    (copy / "stages.json").write_text(json.dumps(stages))
+    with pytest.raises(InputError, match=r"stage 'train' of another config \(.*version"):
+        Run(copy)
+    assert (copy / "saes").exists()
+    Run(copy, redo=True)
+
+
+def test_a_damaged_sae_is_named(finished, copy):
+    (copy / "saes" / "baseline" / "layers-01" / "sae.safetensors").write_bytes(b"half")
+    with pytest.raises(InputError, match=r"baseline/layers-01 holds no readable SAE.*damaged"):
+        Run(copy).saes()
+
+
+def test_there_is_no_report_of_nothing(module_config, tmp_path):
+    with pytest.raises(InputError, match=r"holds no distances\.json"):
+        Run(tmp_path / "run", module_config).report()
+
+
+def test_checkpoints_stay_until_the_training_is_noted_as_done(module_config, tmp_path, monkeypatch):
+    config = changed(module_config, training={"checkpoint_every": 5})
+    run = Run(tmp_path / "run", config)
+    run.distances()
+    run.groups()
+    with monkeypatch.context() as interrupted:
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        interrupted.setattr("groupsae.run.write_json", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run.train()
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    Run(tmp_path / "run").train()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_finished_run_writes_nothing(copy, monkeypatch):
+    Run(copy).all()
+
+    def read_only(path, _text):
+        raise InputError(f"{path} cannot be written")
+
+    monkeypatch.setattr("groupsae.directory.write_text", read_only)
+    Run(copy).all()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import errno
+import io
 import logging
-import os
 import re
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from groupsae import __version__
@@ -61,6 +61,7 @@ Redo = Annotated[
 def run_all(inputs: Inputs = None, out_directory: Out = None, redo: Redo = False) -> None:
     """Do everything: measure, group, train, evaluate, report."""
     run = _open(inputs, out_directory, redo)
+    run.check()
     run.distances()
     _show_groups(run.groups())
     run.train()
@@ -79,7 +80,7 @@ def distances(inputs: Inputs = None, out_directory: Out = None, redo: Redo = Fal
         table.add_column(str(layer), justify="right")
     for layer, row in zip(result.layers, result.matrix, strict=True):
         table.add_row(str(layer), *(f"{value:.3f}" for value in row))
-    out.print(table)
+    _print(table)
 
 
 @app.command(epilog=_KEYS)
@@ -135,6 +136,7 @@ def plan(inputs: Inputs = None) -> None:
 def main() -> None:
     """Run the command line; errors are one message and an exit code."""
     _log_to_stderr()
+    _print_what_the_encoding_lacks_as_question_marks()
     try:
         code = app(standalone_mode=False)
         if code == _INTERRUPTED:  # what typer makes of an interrupt; older versions raise Abort
@@ -144,10 +146,8 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; what is finished is kept, the same command continues", _INTERRUPTED)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
         _fail(
-            f"{error.filename or 'a file'} cannot be written: {os.strerror(error.errno)}; "
+            f"{error.filename or 'a file'} cannot be read or written: {error.strerror or error}; "
             "mend that and give the same command again: what is finished is kept",
             2,
         )
@@ -164,6 +164,12 @@ def _log_to_stderr() -> None:
     log.setLevel(logging.INFO)
     log.propagate = False
     log.handlers = [logging.StreamHandler(sys.stderr)]
+
+
+def _print_what_the_encoding_lacks_as_question_marks() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _fail(message: str, code: int) -> None:
@@ -216,7 +222,7 @@ def _show_groups(result: PartitionTable) -> None:
             "–" if entry.flops_per_token is None else f"{entry.flops_per_token:.3g}",
             style="bold green" if result.chosen == G else "",
         )
-    out.print(table)
+    _print(table)
 
 
 def _show_evaluation(rows: list[dict[str, Any]]) -> None:
@@ -239,7 +245,7 @@ def _show_evaluation(rows: list[dict[str, Any]]) -> None:
         for key, partition in wanted
     )
     table.add_row("mean", *means, style="bold")
-    out.print(table)
+    _print(table)
 
 
 def _show_plan(config: Config) -> None:
@@ -266,7 +272,14 @@ def _show_plan(config: Config) -> None:
     for G in range(1, layers + 1):
         pflop = cost.flops_per_token(G) * tokens / 1e15
         table.add_row(str(G), f"{pflop:,.2f}", f"{cost.savings(G, layers):.0%}")
-    out.print(table)
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    """All of a table, however narrow the terminal or a pipe: rich would leave out digits."""
+    unlimited = out.options.update(width=10_000)
+    table.width = Measurement.get(out, unlimited, table).maximum
+    out.print(table, crop=False)
 
 
 def _span(group: tuple[int, ...]) -> str:

@@ -10,7 +10,15 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from groupsae.errors import InputError
 
@@ -19,8 +27,11 @@ _MULTIPLES = {"k": 10**3, "m": 10**6, "b": 10**9}
 
 def _count(value: object) -> object:
     """Read 2e6, "2M" and "1_000" as whole numbers; leave the rest to the type's own check."""
+    if isinstance(value, bool):  # which pydantic would read as 0 or 1
+        raise ValueError("Input should be a whole number")
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*([0-9_.]+(?:e[+-]?\d+)?)\s*([kmb]?)\s*", value.lower())
+        number_and_unit = r"\s*((?:\d[\d_]*\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([kmb]?)\s*"
+        match = re.fullmatch(number_and_unit, value.lower())
         if match:
             number = float(match[1].replace("_", "")) * _MULTIPLES.get(match[2], 1)
             return int(number) if number.is_integer() else value
@@ -29,7 +40,12 @@ def _count(value: object) -> object:
     return value
 
 
+def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(set(layers)))
+
+
 Count = Annotated[int, BeforeValidator(_count), Field(gt=0)]
+Layers = Annotated[tuple[int, ...], AfterValidator(_ascending)]
 
 
 class _Section(BaseModel):
@@ -78,12 +94,6 @@ class TokensConfig(_Section):
     exclude_special: bool = Field(
         True, description="keep special tokens (BOS, EOS) out of distances, training and metrics"
     )
-    max_norm_multiple: float | None = Field(
-        None,
-        gt=1,
-        description="drop tokens whose residual stream is longer than this multiple of its layer's "
-        "mean norm (attention sinks)",
-    )
     held_out: float = Field(
         0.05, gt=0, lt=1, description="share of the documents kept for evaluation, never trained on"
     )
@@ -96,7 +106,7 @@ class TokensConfig(_Section):
 class GroupingConfig(_Section):
     """Which layers share a dictionary."""
 
-    layers: Literal["all_but_last", "all"] | tuple[int, ...] = Field(
+    layers: Literal["all_but_last", "all"] | Layers = Field(
         "all_but_last", description="layers to cover: all_but_last, all, or a list such as [2,3,4]"
     )
     distance_tokens: Count = Field(
@@ -139,15 +149,25 @@ class SAEConfig(_Section):
     )
 
     def width(self, d_model: int) -> int:
-        """d_sae for a host of this width."""
-        return self.d_sae or self.expansion * d_model
+        """d_sae for a host of this width.
+
+        Raises:
+            InputError: If it is less than k.
+        """
+        d_sae = self.d_sae or self.expansion * d_model
+        if self.k > d_sae:
+            raise InputError(
+                f"sae.k: {self.k} is more than d_sae = {d_sae} (sae.expansion = {self.expansion} "
+                f"times d_model = {d_model}); lower k or raise sae.expansion"
+            )
+        return d_sae
 
 
 class TrainingConfig(_Section):
     """How the SAEs are trained."""
 
     tokens: Count = Field(1_000_000, description="tokens that each SAE is trained on (paper: 1B)")
-    batch_tokens: Count = Field(4096, description="tokens of one step, per SAE (paper: 131,072)")
+    batch_tokens: Count = Field(2048, description="tokens of one step, per SAE (paper: 131,072)")
     buffer_tokens: Count = Field(32_768, description="tokens that the shuffle buffer mixes")
     host_batch_contexts: Count = Field(32, description="contexts in one forward of the host model")
     baseline: bool = Field(
@@ -167,13 +187,19 @@ class TrainingConfig(_Section):
     layer_sampling: Literal["uniform"] = Field(
         "uniform", description="per token, which member layer a group sees"
     )
+    max_norm_multiple: float | None = Field(
+        None,
+        gt=1,
+        description="leave out tokens whose residual stream is longer, at any of the layers, than "
+        "this multiple of the layer's mean norm (attention sinks)",
+    )
     log_every: Count = Field(20, description="steps between two lines of metrics")
     checkpoint_every: Count = Field(500, description="steps between two checkpoints")
     checkpoints_kept: Count = Field(2, description="checkpoints kept, the newest")
     tracker: Literal["none", "wandb", "tensorboard"] = Field(
         "none", description="also send the metrics there"
     )
-    seed: int = Field(0, ge=0, description="weights, layer sampling and shuffling")
+    seed: int = Field(0, ge=0, lt=2**32, description="weights, layer sampling and shuffling")
 
     @model_validator(mode="after")
     def _sizes(self) -> TrainingConfig:
@@ -205,7 +231,10 @@ class EvaluationConfig(_Section):
     """How the SAEs are judged."""
 
     tokens: Count = Field(100_000, description="held-out tokens (paper: 1M)")
-    batch_contexts: Count = Field(32, description="contexts in one forward of the host model")
+    batch_contexts: Count = Field(
+        32,
+        description="contexts in one forward of the host model; two times their logits are held",
+    )
 
 
 class ReportConfig(_Section):
@@ -349,12 +378,14 @@ def _messages(error: ValidationError) -> Iterator[str]:
     for problem in error.errors():
         path = ".".join(str(part) for part in problem["loc"][:2])
         message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "value_error" and "." not in path:
+            path = ""  # a rule across keys, which names them itself
         seen.setdefault(path, [])
         values[path] = problem["input"]
         if message not in seen[path]:
             seen[path].append(message)
     for path, messages in seen.items():
-        if path.count(".") == 0:  # a rule across keys, which names them itself
+        if not path:
             yield from messages
         else:
             yield f"{path} = {values[path]!r}: {'; or '.join(messages)}"

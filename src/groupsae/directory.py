@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import platform
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any
 
 from groupsae.config import Config
 from groupsae.errors import InputError
+from groupsae.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,6 @@ _IRRELEVANT = (
     "training.checkpoint_every",
     "training.checkpoints_kept",
     "training.tracker",
-    "evaluation.batch_contexts",
 )
 
 
@@ -56,7 +55,7 @@ class RunDirectory:
     Args:
         path: Made where it is missing.
         config: By default the directory's own, or the defaults in a new one.
-        redo: Where the directory holds stages of another config: forget these and what follows.
+        redo: Where the directory holds stages of another config: take them as not done.
 
     Raises:
         InputError: If the directory holds something else, or stages of another config and not
@@ -67,8 +66,8 @@ class RunDirectory:
         self.path = path
         stored = stored_config(path)
         self.config = config or stored or Config()
-        if stored is not None:
-            self._reconcile(stored, redo)
+        if stored is not None and not redo:
+            self._refuse_other_config(stored)
         self.note_provenance()
 
     @contextmanager
@@ -78,13 +77,14 @@ class RunDirectory:
             log.info("%s: already done", stage)
             yield False
             return
-        artefact.parent.mkdir(parents=True, exist_ok=True)
+        before = STAGES[: STAGES.index(stage)]
+        done = {name: entry for name, entry in self._done().items() if name in before}
+        if done != self._done():  # this stage and what follows from it are about to change
+            write_json(self.path / "stages.json", done)
         began = time.monotonic()
         yield True
-        later = STAGES[STAGES.index(stage) + 1 :]
-        done = {name: entry for name, entry in self._done().items() if name not in later}
         done[stage] = {
-            "key": _key(self.config, stage),
+            "key": self.key(stage),
             "seconds": round(time.monotonic() - began, 1),
             "finished": _now(),
         }
@@ -92,15 +92,26 @@ class RunDirectory:
 
     def is_done(self, stage: str) -> bool:
         """Whether `stage` has been carried out for this config."""
-        return bool(self._done().get(stage, {}).get("key") == _key(self.config, stage))
+        return bool(self._done().get(stage, {}).get("key") == self.key(stage))
+
+    def key(self, stage: str) -> str:
+        """Identifies what `stage` makes: all keys that it and the stages before it depend on."""
+        content = {
+            path: value
+            for earlier in STAGES[: STAGES.index(stage) + 1]
+            for path, value in _flat(self.config).items()
+            if any(path == on or path.startswith(on + ".") for on in _DEPENDS[earlier])
+            and path not in _IRRELEVANT
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def need(self, name: str, stage: str) -> Path:
-        """The path of an artefact that an earlier stage must have made."""
+        """The path of an artefact that an earlier stage must have made for this config."""
         path = self.path / name
-        if not path.exists():
+        if not (path.exists() and self.is_done(stage)):
             raise InputError(
-                f"{self.path} holds no {name} yet; run `groupsae {stage} {self.path}` first, or "
-                f"`groupsae run {self.path}` for everything"
+                f"{self.path} holds no {name} of this config; run `groupsae {stage} {self.path}` "
+                f"first, or `groupsae run {self.path}` for everything"
             )
         return path
 
@@ -111,40 +122,38 @@ class RunDirectory:
             InputError: If a fact differs from what was noted before: the host model was exchanged.
         """
         stored = stored_config(self.path)
-        known = (stored.provenance if stored else None) or {"created": _now(), **_versions()}
+        known = dict((stored and stored.provenance) or {"created": _now(), **_versions()})
         for name, fact in facts.items():
             if known.setdefault(name, fact) != fact:
                 raise InputError(
                     f"{self.config.host.name} is not the model that {self.path} was begun with "
-                    f"(its {name} differs); choose another directory with --out"
+                    f"(its {name} was {known[name]}, is {fact}); choose another directory with "
+                    "--out"
                 )
         resolved = self.config.model_copy(update={"provenance": known})
-        _write_text(self.path / "config.yaml", resolved.dump())
+        if resolved != stored:  # a finished run may lie where nothing can be written
+            write_text(self.path / "config.yaml", resolved.dump())
 
-    def _reconcile(self, stored: Config, redo: bool) -> None:
-        """Refuse, or forget if `redo`, stages of another config."""
-        done = self._done()
-        begun = {*done, *(["train"] if (self.path / "checkpoints").exists() else [])}
+    def _refuse_other_config(self, stored: Config) -> None:
+        """Refuse to go on where a stage was finished, or training begun, under another config."""
+        begun = {stage: entry["key"] for stage, entry in self._done().items()}
+        for state in (self.path / "checkpoints").glob("step-*/state.json"):
+            begun.setdefault("train", read_json(state).get("config"))
         for stage in STAGES:
-            if stage not in begun or _key(stored, stage) == _key(self.config, stage):
-                continue
-            if not redo:
+            if stage in begun and begun[stage] != self.key(stage):
+                differences = "; ".join(_differences(stored, self.config))
                 raise InputError(
                     f"{self.path} holds the stage '{stage}' of another config "
-                    f"({'; '.join(_differences(stored, self.config))}); choose another directory "
-                    "with --out, or add --redo to repeat it and what follows"
+                    f"({differences or 'or of another version of groupsae'}); choose another "
+                    "directory with --out, or add --redo to repeat it and what follows"
                 )
-            stale = STAGES[STAGES.index(stage) :]
-            kept = {name: entry for name, entry in done.items() if name not in stale}
-            write_json(self.path / "stages.json", kept)
-            if "train" in stale:
-                for name in ("checkpoints", "saes"):
-                    shutil.rmtree(self.path / name, ignore_errors=True)
-            return
 
     def _done(self) -> dict[str, Any]:
         path = self.path / "stages.json"
-        return read_json(path) if path.exists() else {}
+        done = read_json(path) if path.exists() else {}
+        if not all(isinstance(entry, dict) and "key" in entry for entry in done.values()):
+            raise _damaged(path, "a stage has no key")
+        return done
 
 
 def stored_config(directory: Path) -> Config | None:
@@ -155,7 +164,13 @@ def stored_config(directory: Path) -> Config | None:
     """
     path = directory / "config.yaml"
     if path.exists():
-        return Config.load(path)
+        config = Config.load(path)
+        if config.provenance is None:  # a file of the user's own, or an emptied one
+            raise InputError(
+                f"{directory} is no run directory: its config.yaml was not written by a run (it "
+                "has no provenance); choose another with --out"
+            )
+        return config
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(
             f"{directory} is no run directory (it holds no config.yaml); choose another with --out"
@@ -163,37 +178,28 @@ def stored_config(directory: Path) -> Config | None:
     return None
 
 
-def read_json(path: Path) -> Any:
-    """The content of an artefact."""
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """The content of an artefact, an object that has at least these keys."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); remove it to have it made again") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    if not isinstance(content, dict):
+        raise _damaged(path, f"it holds a {type(content).__name__}, not an object")
+    if missing := [key for key in keys if key not in content]:
+        raise _damaged(path, f"it has no '{missing[0]}'")
+    return content
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write an artefact, whole or not at all."""
-    _write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def _write_text(path: Path, text: str) -> None:
-    """Replace a file at once, so that a reader or a crash never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
-
-
-def _key(config: Config, stage: str) -> str:
-    """Identifies what `stage` makes under `config`: the keys it and earlier stages depend on."""
-    content = {
-        path: value
-        for earlier in STAGES[: STAGES.index(stage) + 1]
-        for path, value in _flat(config).items()
-        if any(path == on or path.startswith(on + ".") for on in _DEPENDS[earlier])
-        and path not in _IRRELEVANT
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+def _damaged(path: Path, why: str) -> InputError:
+    return InputError(f"{path} is damaged ({why}); remove it to have it made again")
 
 
 def _flat(config: Config) -> dict[str, Any]:

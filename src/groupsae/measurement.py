@@ -8,9 +8,12 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from groupsae.errors import InputError
+from groupsae.files import replacing
 from groupsae.grouping.distance import AngularDistances, LayerMoments, Moments
 from groupsae.grouping.matrix import Distances
 from groupsae.host.model import HostModel
@@ -90,7 +93,7 @@ def measure_layers(
 
 
 def save_moments(moments: Moments, path: Path) -> None:
-    """Write moments as safetensors."""
+    """Write moments as safetensors, whole or not at all."""
     tensors = {
         name: tensor.contiguous().cpu()
         for name, tensor in vars(moments).items()
@@ -98,16 +101,24 @@ def save_moments(moments: Moments, path: Path) -> None:
     }
     tensors["layers"] = torch.tensor(moments.layers)
     tensors["tokens"] = torch.tensor(moments.tokens)
-    save_file(tensors, path)
+    with replacing(path) as aside:
+        save_file(tensors, aside)
 
 
 def load_moments(path: Path) -> Moments:
-    """Read what :func:`save_moments` wrote."""
-    tensors = load_file(path)
-    return Moments(
-        layers=tuple(tensors["layers"].tolist()),
-        mean=tensors["mean"],
-        mean_norm=tensors["mean_norm"],
-        mean_centered_norm=tensors.get("mean_centered_norm"),
-        tokens=int(tensors["tokens"]),
-    )
+    """Read what :func:`save_moments` wrote.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    try:
+        tensors = load_file(path)
+        return Moments(
+            layers=tuple(tensors["layers"].tolist()),
+            mean=tensors["mean"],
+            mean_norm=tensors["mean_norm"],
+            mean_centered_norm=tensors.get("mean_centered_norm"),
+            tokens=int(tensors["tokens"]),
+        )
+    except (SafetensorError, KeyError, OSError) as error:
+        raise InputError(f"{path} is damaged ({error}); remove it to have it made again") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from groupsae.grouping.cost import CostModel
     from groupsae.grouping.distance import Moments
     from groupsae.grouping.matrix import Distances
+    from groupsae.grouping.partition import Partition
     from groupsae.grouping.table import PartitionTable
     from groupsae.host.model import HostModel
     from groupsae.host.tokens import Corpus, TokenStream
@@ -28,6 +31,12 @@ class Run:
     Each of `distances`, `groups`, `train`, `evaluate` and `report` carries out one stage from the
     artefacts of the stages before it and returns what it made; a stage that is already done for the
     same config is not repeated. :meth:`all` does all of them.
+
+        run = Run("runs/demo", Config.load())  # the defaults: the bundled model and text
+        run.all()
+        sae = run.sae(3)  # the SAE of layer 3's group
+
+    Host model and text are opened when a stage first needs them.
 
     Args:
         directory: Made where it is missing.
@@ -62,8 +71,7 @@ class Run:
         path = self.directory / "distances.json"
         with self._stages.stage("distances", path) as todo:
             if todo:
-                measured = self._measure()
-                write_json(path, measured)
+                write_json(path, self._measure(self.layers))
         return Distances.from_json(read_json(path))
 
     def groups(self) -> PartitionTable:
@@ -80,24 +88,24 @@ class Run:
 
     def train(self) -> dict[str, SAE]:
         """Train one SAE per group and, if asked, one per layer, from one shared forward."""
-        from groupsae.grouping.table import PartitionTable
-
         path = self.directory / "training.json"
         with self._stages.stage("train", path) as todo:
             if todo:
                 from groupsae.training.session import train_saes
 
-                partition = read_json(self._stages.need("partition.json", "groups"))
+                partition = self._partition()
                 summary = train_saes(
                     self.host,
                     self.corpus.train(),
-                    self._moments(),
-                    PartitionTable.from_json(partition).partition.groups,
+                    self._moments(partition.layers),
+                    partition.groups,
                     self.config,
                     directory=self.directory,
+                    key=self._stages.key("train"),
                     special=self._special,
                 )
                 write_json(path, summary)
+        shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)  # no more of use
         return self.saes()
 
     def evaluate(self) -> list[dict[str, Any]]:
@@ -107,7 +115,7 @@ class Run:
             if todo:
                 from groupsae.evaluation.reconstruction import Subject, evaluate_reconstruction
 
-                training = read_json(self._stages.need("training.json", "train"))
+                training = read_json(self._stages.need("training.json", "train"), "tokens_per_sae")
                 result = evaluate_reconstruction(
                     self.host,
                     self.corpus.held_out(),
@@ -118,7 +126,7 @@ class Run:
                 )
                 result["equal"] = f"training tokens per SAE ({training['tokens_per_sae']:,})"
                 write_json(path, result)
-        rows: list[dict[str, Any]] = read_json(path)["rows"]
+        rows: list[dict[str, Any]] = read_json(path, "rows")["rows"]
         return rows
 
     def report(self) -> Path:
@@ -128,15 +136,19 @@ class Run:
             if todo:
                 from groupsae.report import write_report
 
+                self._stages.need("distances.json", "distances")
                 write_report(self.directory, formats=self.config.report.formats)
         return path
 
     def check(self) -> None:
-        """Refuse before any work what would fail late: a text that is too short for some stage.
+        """Refuse before any work what would fail late: sizes that do not fit, a text too short.
 
         Text is counted up to ten million tokens, and not at all where it is streamed.
         """
-        if self._stages.is_done("evaluate") or self.corpus.documents.count is None:
+        if self._stages.is_done("evaluate"):
+            return
+        self._check_sizes()
+        if self.corpus.documents.count is None:
             return
         config = self.config
         _require(self.corpus.held_out(), config.evaluation.tokens, "evaluation.tokens")
@@ -148,38 +160,47 @@ class Run:
     def adopt(self, distances: Distances) -> PartitionTable:
         """Group by distances from elsewhere instead of measuring them here. Needs no host model.
 
-        Costs are predicted where `host.n_layers` and `host.d_model` are declared.
+        All their layers are grouped, or those that `grouping.layers` lists. Costs are predicted
+        where `host.n_layers` and `host.d_model` are declared.
+
+        Raises:
+            InputError: If the directory holds other distances.
         """
+        from groupsae.grouping.matrix import load_distances
         from groupsae.grouping.table import PartitionTable
 
         path = self.directory / "distances.json"
         with self._stages.stage("distances", path) as todo:
-            if not todo:
+            if todo:
+                (self.directory / "moments.safetensors").unlink(missing_ok=True)
+                write_json(path, distances.to_json())
+            elif load_distances(path).to_json() != distances.to_json():
                 raise InputError(
-                    f"{self.directory} has measured its own distances; choose another directory"
+                    f"{self.directory} holds other distances; choose another directory with --out"
                 )
-            write_json(path, distances.to_json())
         path = self.directory / "partition.json"
-        with self._stages.stage("groups", path):
-            declared = self.config.host.n_layers and self.config.host.d_model
-            cost = self.cost() if declared else None
-            write_json(path, grouped(distances, self.config, cost).to_json())
+        with self._stages.stage("groups", path) as todo:
+            if todo:
+                declared = self.config.host.n_layers and self.config.host.d_model
+                cost = self.cost() if declared else None
+                write_json(path, grouped(distances, self.config, cost).to_json())
         return PartitionTable.from_json(read_json(path))
 
     def saes(self) -> dict[str, SAE]:
         """All trained SAEs by name: `layers-03-06` for groups, `baseline/layers-03` for layers."""
         from groupsae.sae import SAE
 
-        names = read_json(self._stages.need("training.json", "train"))["saes"]
+        names = read_json(self._stages.need("training.json", "train"), "saes")["saes"]
         root = self.directory / "saes"
         return {name: SAE.load(root / name, self.host.device) for name in names}
 
     def sae(self, layer: int) -> SAE:
         """The SAE of the group that `layer` belongs to."""
-        for name, sae in self.saes().items():
-            if _partition_of(name) == "groups" and layer in sae.layers:
-                return sae
-        raise InputError(f"layer {layer} belongs to no group of {self.directory}")
+        from groupsae.sae import SAE, directory_name
+
+        self._stages.need("training.json", "train")
+        group = self._partition().group_of(layer)
+        return SAE.load(self.directory / "saes" / directory_name(group), self.host.device)
 
     @cached_property
     def host(self) -> HostModel:
@@ -237,14 +258,38 @@ class Run:
     def _special(self) -> frozenset[int]:
         return self.host.special_token_ids if self.config.tokens.exclude_special else frozenset()
 
-    def _measure(self) -> dict[str, Any]:
-        """Measure all layers: keeps the moments, returns the content of `distances.json`."""
+    def _partition(self) -> Partition:
+        """The groups that were chosen."""
+        from groupsae.grouping.table import PartitionTable
+
+        table = read_json(self._stages.need("partition.json", "groups"))
+        return PartitionTable.from_json(table).partition
+
+    def _check_sizes(self) -> None:
+        from groupsae.grouping.table import group_layers
+        from groupsae.sae import SAEConfig
+
+        sae, asked = self.config.sae, self.config.grouping
+        d_model = self.host.d_model
+        SAEConfig(d_model=d_model, d_sae=sae.width(d_model), k=sae.k, layers=self.layers)
+        chosen_beforehand = asked.groups is not None or asked.partition is not None
+        if chosen_beforehand and not self._stages.is_done("groups"):
+            group_layers(
+                None,
+                layers=self.layers,
+                method="even" if asked.partition is None else "explicit",  # need no distances
+                groups=asked.groups,
+                partition=asked.partition,
+            )
+
+    def _measure(self, layers: Sequence[int]) -> dict[str, Any]:
+        """Measure the layers: keeps their moments, returns the content of `distances.json`."""
         from groupsae.measurement import measure_layers, save_moments
 
         result = measure_layers(
             self.host,
             self.corpus.train(),
-            self.layers,
+            layers,
             tokens=self.config.grouping.distance_tokens,
             batch_contexts=self.config.training.host_batch_contexts,
             center=self.config.grouping.center,
@@ -253,13 +298,13 @@ class Run:
         save_moments(result.moments, self.directory / "moments.safetensors")
         return result.distances.to_json() | {"excluded_special_tokens": result.excluded}
 
-    def _moments(self) -> Moments:
+    def _moments(self, layers: Sequence[int]) -> Moments:
         """The layers' moments, measured now if the distances came from elsewhere."""
         from groupsae.measurement import load_moments
 
         path = self.directory / "moments.safetensors"
-        if not path.exists():
-            self._measure()
+        if not (path.exists() and set(layers) <= set(load_moments(path).layers)):
+            self._measure(layers)
         return load_moments(path)
 
 
@@ -270,6 +315,7 @@ def grouped(distances: Distances, config: Config, cost: CostModel | None = None)
     asked = config.grouping
     return group_layers(
         distances,
+        layers=asked.layers if isinstance(asked.layers, tuple) else None,
         method="explicit" if asked.partition is not None else asked.method,
         threshold=asked.threshold,
         groups=asked.groups,
@@ -291,7 +337,7 @@ def covered_layers(config: Config, n_layers: int) -> tuple[int, ...]:
             f"grouping.layers: {wrong or 'an empty list'} does not fit {config.host.name}, whose "
             f"layers are 0 to {n_layers - 1}"
         )
-    return tuple(sorted(set(asked)))
+    return asked
 
 
 def cost_model(config: Config, n_layers: int, d_model: int) -> CostModel:

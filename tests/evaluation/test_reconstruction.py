@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from groupsae.errors import InputError
 from groupsae.evaluation.reconstruction import DEFINITIONS, Subject, evaluate_reconstruction
 from groupsae.sae import SAE, SAEConfig
 
@@ -160,4 +161,13 @@ def test_what_is_reported_is_defined(host, corpus):
     described = set(result["definitions"]) | {"partition", "groups_total", "group", "layer"}
     assert set(result["rows"][0]) <= described
     assert result["definitions"] == DEFINITIONS
-    assert result["tokens"] > 0
+    ids = corpus.held_out().next_contexts(TOKENS // 16)
+    assert result["tokens"] == (ids != 0).sum()
+    assert result["predictions"] == (ids[:, :-1] != 0).sum()
+    assert result["excluded_special_tokens"] == (ids == 0).sum()
+
+
+def test_contexts_without_a_prediction_to_judge_are_refused(host, corpus):
+    everything = range(96)
+    with pytest.raises(InputError, match=r"tokens\.context_length=16"):
+        evaluate(host, corpus, Subject("groups", make_sae((1,))), special=everything)

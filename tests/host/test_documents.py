@@ -308,6 +308,17 @@ class TestRefusals:
         with pytest.raises(InputError, match="is empty"):
             open_documents(tmp_path / name)
 
+    @pytest.mark.parametrize("name", ["blank.txt", "blank.jsonl"])
+    def test_file_of_blank_lines(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).write_text("\n \n\n" if name.endswith("txt") else "\n\n")
+        with pytest.raises(InputError, match=rf"{name}' is empty"):
+            open_documents(tmp_path / name)
+
+    def test_file_name_that_reads_as_a_pattern(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text('{"text": "wrong"}\n')
+        documents = open_documents(_lines(tmp_path / "[ab] *.jsonl", [{"text": "right"}]))
+        assert _contents(documents) == ["right"]
+
     def test_missing_split(self, tmp_path: Path) -> None:
         file = _lines(tmp_path / "parts" / "test.jsonl", [{"text": "a"}])
         with pytest.raises(InputError, match=r"tokens\.split='train'.*it has test"):

@@ -203,23 +203,31 @@ def test_weights_that_are_cut_short(copy: Path) -> None:
         HostModel.load(copy)
 
 
-def test_weights_that_are_missing(copy: Path) -> None:
+def test_weights_that_are_missing(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tiny_model("llama").model.save_pretrained(copy)  # without its head
+    capfd.readouterr()
     with pytest.raises(InputError, match=r"lack 1 .*\(such as lm_head\.weight\)"):
+        HostModel.load(copy)
+    assert capfd.readouterr().err == "", "one message, and it is the error"
+
+
+def test_a_tokenizer_that_is_no_json(copy: Path) -> None:
+    (copy / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match="its tokenizer cannot be loaded"):
         HostModel.load(copy)
 
 
 def test_weights_of_another_size(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match=r"do not fit .* shape \[32, 64\], and \[32, 48\]"):
         HostModel.load(copy)
 
 
 def test_pickled_weights_are_not_read(copy: Path) -> None:
     (copy / "model.safetensors").unlink()
     torch.save(tiny_model("llama").state_dict(), copy / "pytorch_model.bin")
-    with pytest.raises(InputError, match="safetensors"):
+    with pytest.raises(InputError, match=r"no \*\.safetensors\. .* pickled .* save it again"):
         HostModel.load(copy)
 
 
@@ -229,7 +237,7 @@ def test_code_that_comes_with_a_model_is_not_run(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     config |= {"model_type": "unheard_of", "auto_map": {"AutoConfig": "code.Config"}}
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match="runs no code of a model"):
         HostModel.load(copy)
     assert not marker.exists()
 

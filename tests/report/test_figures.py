@@ -22,12 +22,12 @@ from scipy.cluster import hierarchy
 
 from groupsae.errors import InputError
 from groupsae.report import figures
-from groupsae.report.artefacts import Run, read_run
+from groupsae.report.artefacts import Artefacts, read_run
 from groupsae.report.metrics import compare
 
 
 @pytest.fixture(scope="module")
-def run(finished_run: Path) -> Run:
+def run(finished_run: Path) -> Artefacts:
     return read_run(finished_run)
 
 
@@ -50,7 +50,7 @@ def text_sizes(figure: Figure) -> list[float]:
 # The heat map.
 
 
-def test_heatmap_shows_the_matrix_and_outlines_every_group(run: Run) -> None:
+def test_heatmap_shows_the_matrix_and_outlines_every_group(run: Artefacts) -> None:
     axes = figures.distance_heatmap(run.distances, run.partition).axes[0]
     shown = axes.collections[0].get_array().reshape(11, 11)
     np.testing.assert_allclose(shown, run.distances["matrix"])
@@ -74,7 +74,7 @@ def test_heatmap_of_one_filled_triangle_is_whole() -> None:
     np.testing.assert_array_equal(np.ravel(shown), [0, 0.3, 0.3, 0])
 
 
-def test_heatmap_without_a_partition_has_no_outline(run: Run) -> None:
+def test_heatmap_without_a_partition_has_no_outline(run: Artefacts) -> None:
     assert blocks(figures.distance_heatmap(run.distances).axes[0]) == []
 
 
@@ -93,7 +93,7 @@ def test_layers_that_are_not_numbered_from_zero_keep_their_numbers() -> None:
 # The dendrogram.
 
 
-def test_dendrogram_cut_separates_the_chosen_groups(run: Run) -> None:
+def test_dendrogram_cut_separates_the_chosen_groups(run: Artefacts) -> None:
     axes = figures.dendrogram(run.distances, run.partition).axes[0]
     cut = line(axes, "cut").get_ydata()[0]
     joins = [drawn for drawn in axes.get_lines() if drawn.get_label() != "cut"]
@@ -103,14 +103,14 @@ def test_dendrogram_cut_separates_the_chosen_groups(run: Run) -> None:
     assert max(heights) == pytest.approx(np.max(run.distances["matrix"]))
 
 
-def test_dendrogram_bars_are_the_groups(run: Run) -> None:
+def test_dendrogram_bars_are_the_groups(run: Artefacts) -> None:
     axes = figures.dendrogram(run.distances, run.partition).axes[0]
     groups = run.partition["by_groups"]["6"]["groups"]
     spans = [(np.floor(x), np.ceil(x + width)) for x, _, width in blocks(axes)]
     assert spans == [(group[0], group[-1] + 1) for group in groups]
 
 
-def test_dendrogram_draws_no_cut_for_groups_that_no_cut_gives(run: Run) -> None:
+def test_dendrogram_draws_no_cut_for_groups_that_no_cut_gives(run: Artefacts) -> None:
     groups = [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [10]]
     partition = {
         "layers": run.distances["layers"],
@@ -143,7 +143,7 @@ def test_join_heights_are_scipys_where_neighbours_are_nearest(n_layers: int, see
 # AMAD and cost.
 
 
-def test_amad_and_cost_are_the_artefacts_and_the_choice_is_marked(run: Run) -> None:
+def test_amad_and_cost_are_the_artefacts_and_the_choice_is_marked(run: Artefacts) -> None:
     left, right = figures.amad_and_cost(run.partition).axes
     by_groups = {int(total): entry for total, entry in run.partition["by_groups"].items()}
     for axes, label, key, scale in (
@@ -180,7 +180,7 @@ def test_what_the_partition_does_not_know_is_not_drawn() -> None:
 # Training.
 
 
-def test_training_curves_are_the_artefacts(run: Run) -> None:
+def test_training_curves_are_the_artefacts(run: Artefacts) -> None:
     fvu, dead = figures.training_curves(run.metrics).axes
     for name in {entry["sae"] for entry in run.metrics}:
         entries = [entry for entry in run.metrics if entry["sae"] == name]
@@ -232,7 +232,7 @@ def test_without_dead_latents_the_axis_begins_at_zero() -> None:
 # Per layer.
 
 
-def test_per_layer_values_are_the_artefacts(run: Run) -> None:
+def test_per_layer_values_are_the_artefacts(run: Artefacts) -> None:
     rows = run.reconstruction["rows"]
     metrics = ("ce_loss_score", "r2", "l2", "l0")
     axes = figures.per_layer(rows, metrics).axes
@@ -246,14 +246,14 @@ def test_per_layer_values_are_the_artefacts(run: Run) -> None:
         np.testing.assert_array_equal(groups, [c.groups[key] for c in comparisons])
 
 
-def test_bands_are_the_groups(run: Run) -> None:
+def test_bands_are_the_groups(run: Artefacts) -> None:
     axes = figures.per_layer(run.reconstruction["rows"], ("r2",)).axes[0]
     groups = run.partition["by_groups"]["6"]["groups"]
     bands = [(patch.get_x() + 0.5, patch.get_width()) for patch in axes.patches]
     assert bands == [(group[0], len(group)) for group in groups]
 
 
-def test_missing_values_are_gaps_and_a_missing_baseline_is_not_drawn(run: Run) -> None:
+def test_missing_values_are_gaps_and_a_missing_baseline_is_not_drawn(run: Artefacts) -> None:
     rows = [copy.copy(row) for row in run.reconstruction["rows"] if row["partition"] == "groups"]
     rows[0]["r2"] = None
     rows[1]["r2"] = float("nan")
@@ -265,12 +265,12 @@ def test_missing_values_are_gaps_and_a_missing_baseline_is_not_drawn(run: Run) -
 
 
 @pytest.mark.parametrize("metrics", [("r2",), ("r2", "kl"), ("r2", "kl", "dead")])
-def test_any_metrics_can_be_drawn(run: Run, metrics: tuple[str, ...]) -> None:
+def test_any_metrics_can_be_drawn(run: Artefacts, metrics: tuple[str, ...]) -> None:
     figure = figures.per_layer(run.reconstruction["rows"], metrics)
     assert sum(axes.get_visible() for axes in figure.axes) == len(metrics)
 
 
-def test_an_unknown_metric_is_named(run: Run) -> None:
+def test_an_unknown_metric_is_named(run: Artefacts) -> None:
     with pytest.raises(InputError, match=r"'r3'.*ce_loss_score"):
         figures.per_layer(run.reconstruction["rows"], ("r3",))
 
@@ -278,7 +278,7 @@ def test_an_unknown_metric_is_named(run: Run) -> None:
 # Densities.
 
 
-def test_latent_density_shows_every_layers_histogram_in_per_cent(run: Run) -> None:
+def test_latent_density_shows_every_layers_histogram_in_per_cent(run: Artefacts) -> None:
     rows = run.reconstruction["rows"]
     panels = [axes for axes in figures.latent_density(rows).axes if axes.get_visible()]
     assert len(panels) == 11
@@ -310,7 +310,7 @@ def test_rows_without_a_histogram_are_told(density: object) -> None:
 
 # What holds for every figure.
 
-DRAWN: dict[str, Callable[[Run], Figure]] = {
+DRAWN: dict[str, Callable[[Artefacts], Figure]] = {
     "distance_heatmap": lambda run: figures.distance_heatmap(run.distances, run.partition),
     "dendrogram": lambda run: figures.dendrogram(run.distances, run.partition),
     "amad_and_cost": lambda run: figures.amad_and_cost(run.partition),
@@ -321,7 +321,7 @@ DRAWN: dict[str, Callable[[Run], Figure]] = {
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_figures_fit_a_paper(run: Run, name: str) -> None:
+def test_figures_fit_a_paper(run: Artefacts, name: str) -> None:
     figure = DRAWN[name](run)
     assert figure.get_figwidth() <= figures.PAGE
     sizes = text_sizes(figure)
@@ -332,7 +332,7 @@ def test_figures_fit_a_paper(run: Run, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_pdf_embeds_truetype(run: Run, name: str) -> None:
+def test_pdf_embeds_truetype(run: Artefacts, name: str) -> None:
     pdf = figures.encode(DRAWN[name](run), "pdf")
     assert pdf.startswith(b"%PDF")
     assert b"/Type /Font" in pdf
@@ -340,7 +340,7 @@ def test_pdf_embeds_truetype(run: Run, name: str) -> None:
     assert b"/FontFile2" in pdf  # TrueType, embedded
 
 
-def test_files_are_the_same_every_time(run: Run) -> None:
+def test_files_are_the_same_every_time(run: Artefacts) -> None:
     for form, start in (("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", b"\x89PNG")):
         first, second = (figures.encode(DRAWN["dendrogram"](run), form) for _ in range(2))
         assert first.startswith(start)
@@ -352,7 +352,7 @@ def test_another_format_is_refused() -> None:
         figures.encode(Figure(), "gif")
 
 
-def test_drawing_leaves_matplotlibs_settings_alone(run: Run) -> None:
+def test_drawing_leaves_matplotlibs_settings_alone(run: Artefacts) -> None:
     before = dict(matplotlib.rcParams)
     figures.encode(DRAWN["dendrogram"](run), "svg")
     assert dict(matplotlib.rcParams) == before

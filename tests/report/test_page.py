@@ -240,14 +240,14 @@ def test_what_was_equal_and_what_was_excluded_is_said(finished: Page) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ("{exclude_special: true}", "Special tokens (BOS, EOS) are kept out"),
-        ("{exclude_special: false}", "Special tokens are treated as any others."),
-        ("{max_norm_multiple: 10}", "longer than 10 times its layer's mean norm"),
-        ("{max_norm_multiple: null}", "No token is dropped for the length"),
+        ("tokens: {exclude_special: true}", "Special tokens (BOS, EOS) are kept out"),
+        ("tokens: {exclude_special: false}", "Special tokens are treated as any others."),
+        ("training: {max_norm_multiple: 10}", "than 10 times the layer's mean norm are kept out"),
+        ("training: {max_norm_multiple: null}", "No token is dropped for the length"),
     ],
 )
 def test_what_is_to_be_excluded_is_said(tmp_path: Path, settings: str, said: str) -> None:
-    (tmp_path / "config.yaml").write_text(f"tokens: {settings}\n")
+    (tmp_path / "config.yaml").write_text(f"{settings}\n")
     assert said in words(tmp_path).text
 
 

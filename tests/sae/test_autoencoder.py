@@ -55,10 +55,16 @@ def test_reconstruction_keeps_the_dtype_of_its_input():
     assert make_sae()(torch.randn(3, 6).bfloat16(), 3).dtype == torch.bfloat16
 
 
+def test_no_tokens_at_all():
+    assert make_sae()(torch.randn(0, 6), 3).shape == (0, 6)
+
+
 def test_save_and_load_give_the_same_sae(tmp_path):
     sae = make_sae()
     sae.save(tmp_path / "layers-03-05")
+    random_state = torch.random.get_rng_state()
     loaded = SAE.load(tmp_path / "layers-03-05")
+    assert torch.equal(torch.random.get_rng_state(), random_state), "loading draws nothing"
     assert loaded.config == sae.config
     for name, tensor in sae.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name

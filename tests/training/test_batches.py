@@ -142,6 +142,12 @@ def test_long_tokens_are_left_out_of_every_sae_and_counted(host, corpus):
     assert nearest(rows, table).values.max() < 1e-4
 
 
+def test_norms_beyond_float16_are_compared_as_they_are():
+    x = torch.full((1, 1024), 4000.0, dtype=torch.float16)  # of norm 128,000
+    assert not NormLimit(2.0, {0: 100_000.0}).exceeded(x, 0)
+    assert NormLimit(1.2, {0: 100_000.0}).exceeded(x, 0)
+
+
 def test_state_continues_with_the_same_batches(host, corpus):
     saes = {"group": make_sae((0, 1, 2)), "one": make_sae((1,))}
     batches = make_batches(host, corpus, saes)

@@ -27,7 +27,7 @@ class Stopped(Exception):
     pass
 
 
-def run(host, corpus, directory, *, stop_at=None):
+def run(host, corpus, directory, *, stop_at=None, config="this"):
     """Train two SAEs; stop with an exception when the given step would be logged."""
     saes = {
         name: SAE(
@@ -54,7 +54,7 @@ def run(host, corpus, directory, *, stop_at=None):
             raise Stopped
         records.append(record)
 
-    train(learners, batches, CONFIG, checkpoints=Checkpoints(directory), log=log)
+    train(learners, batches, CONFIG, checkpoints=Checkpoints(directory, config), log=log)
     return learners, records
 
 
@@ -71,7 +71,7 @@ def test_a_stopped_run_continues_to_the_same_bits(host, corpus, tmp_path, stop_a
     expected, _ = run(host, corpus, tmp_path / "whole")
     with pytest.raises(Stopped):
         run(host, corpus, tmp_path / "stopped", stop_at=stop_at)
-    assert Checkpoints(tmp_path / "stopped").step() == stop_at // 6 * 6
+    assert Checkpoints(tmp_path / "stopped", "this").step() == stop_at // 6 * 6
     continued, records = run(host, corpus, tmp_path / "stopped")
     assert records[0]["step"] > stop_at // 6 * 6
     for name, tensor in weights(expected).items():
@@ -98,14 +98,22 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(host, corpus, tmp_
         state.unlink()
     else:
         state.write_text(state.read_text()[:50])
-    assert Checkpoints(tmp_path).step() == 12
+    assert Checkpoints(tmp_path, "this").step() == 12
+
+
+def test_checkpoints_of_another_config_are_never_continued(host, corpus, tmp_path):
+    run(host, corpus, tmp_path)
+    assert Checkpoints(tmp_path, "other").step() == 0
+    with pytest.raises(Stopped):
+        run(host, corpus, tmp_path, config="other", stop_at=4)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_half_written_checkpoint_is_never_taken_for_one(tmp_path):
     aside = tmp_path / ".step-000030.tmp"
     aside.mkdir()
     (aside / "state.json").write_text(json.dumps({"step": 30}))
-    assert Checkpoints(tmp_path).step() == 0
+    assert Checkpoints(tmp_path, "this").step() == 0
 
 
 def test_records_hold_one_line_per_sae_and_logged_step(host, corpus, tmp_path):

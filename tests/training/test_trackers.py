@@ -30,6 +30,16 @@ def test_lines_after_the_step_to_continue_from_are_dropped(tmp_path):
     assert steps == [1, 2, 4]
 
 
+@pytest.mark.parametrize("line", [b"{oops\n", b"3\n", b"{}\n", b"\xff\n"])
+def test_damaged_metrics_are_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(line)
+    with (
+        pytest.raises(InputError, match=r"metrics\.jsonl is damaged .* remove it"),
+        open_tracker("none", tmp_path, 2, Config()),
+    ):
+        pass
+
+
 def test_wandb_gets_every_value_by_sae(tmp_path, monkeypatch):
     sent, settings = [], {}
 

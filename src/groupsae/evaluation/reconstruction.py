@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from groupsae.errors import InputError
 from groupsae.host.model import HostModel
 from groupsae.host.tokens import TokenStream, special_mask
 from groupsae.progress import progress
@@ -34,8 +35,9 @@ DEFINITIONS = {
     "latent_density": "histogram over latents of log10 of the share of tokens on which one is "
     "active; `silent` counts the latents that never are",
     "tokens": "positions that were replaced and counted. Special tokens are neither replaced nor "
-    "counted where tokens.exclude_special holds; cross-entropy and KL are those of the predictions "
-    "made at counted positions",
+    "counted where tokens.exclude_special holds",
+    "predictions": "next-token predictions that cross-entropy and KL are averaged over: those made "
+    "at counted positions, of which the last of a context makes none",
 }
 
 DENSITY_EDGES = tuple(-6 + 0.25 * i for i in range(25))
@@ -70,8 +72,13 @@ def evaluate_reconstruction(
         special: Token ids whose positions are neither replaced nor counted.
 
     Returns:
-        The content of `evaluation/reconstruction.json`: "definitions", "tokens" and "rows", one row
-        per subject and member layer, partitions and layers in order.
+        The content of `evaluation/reconstruction.json`: "definitions", "tokens", "predictions",
+        "excluded_special_tokens" and "rows", one row per subject and member layer, in the order of
+        the subjects.
+
+    Raises:
+        InputError: If no prediction is made at a counted position.
+        EndOfText: If the text is used up.
     """
     tallies = [
         (subject, layer, _Tally(subject.sae))
@@ -81,7 +88,7 @@ def evaluate_reconstruction(
     layers = sorted({layer for _, layer, _ in tallies})
     clean = _Mean()
     zeros = {layer: _Mean() for layer in layers}
-    excluded = 0
+    counted = excluded = 0
     contexts = math.ceil(tokens / stream.context_length)
     special = tuple(special)
 
@@ -90,6 +97,7 @@ def evaluate_reconstruction(
             input_ids = stream.next_contexts(min(batch_contexts, contexts))
             contexts -= len(input_ids)
             mask = ~special_mask(input_ids, special)
+            counted += int(mask.sum())
             excluded += int((~mask).sum())
             input_ids, mask = input_ids.to(host.device), mask.to(host.device)
             clean_logits = host.logits(input_ids)
@@ -105,6 +113,11 @@ def evaluate_reconstruction(
                 tally.kl.add(_kl(clean_logits, logits, mask))
             bar.advance(input_ids.numel())
 
+    if clean.count == 0:
+        raise InputError(
+            f"tokens.context_length={stream.context_length}: of {counted + excluded:,} held-out "
+            "tokens none but special ones has a next token to predict; make contexts longer"
+        )
     groups_total = {
         partition: sum(subject.partition == partition for subject in subjects)
         for partition in ("groups", "baseline")
@@ -135,7 +148,8 @@ def evaluate_reconstruction(
         )
     return {
         "definitions": DEFINITIONS,
-        "tokens": clean.count,
+        "tokens": counted,
+        "predictions": clean.count,
         "excluded_special_tokens": excluded,
         "rows": rows,
     }

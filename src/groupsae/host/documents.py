@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import glob
 import hashlib
 import logging
 import mmap
@@ -33,6 +34,7 @@ COLUMNS = ("text", "tokens", "input_ids")
 END_OF_DOCUMENT = "<|endoftext|>"
 """What separates the documents of a .txt file that uses it."""
 
+_BUNDLED_SEED = 2_000_000  # away from the seeds of the bundled model's training script
 _BLOCK = 1000  # documents read at a time; a stream is shuffled within such a block
 _PIECE = 2_000  # characters after which a .txt file without markers is cut at the next blank line
 _LONGEST_PIECE = 20_000  # ... and here it is cut at the next line end, blank or not
@@ -241,12 +243,15 @@ class _Reader(NamedTuple):
 
 
 class _Bundled:
-    """Generated English without end; its documents are independent, so any order is shuffled."""
+    """Generated English without end; its documents are independent, so any order is shuffled.
+
+    It is not the text that the bundled model was trained on, nor what its loss was measured on.
+    """
 
     count: int | None = None
 
     def __init__(self, seed: int) -> None:
-        self._seed = seed
+        self._seed = _BUNDLED_SEED + seed
 
     def read(self, start: Position) -> Iterator[Document]:
         from groupsae.host.bundled import english
@@ -301,7 +306,7 @@ def _load(path: Path, split: str, subset: str | None) -> Any:
                 },
             )
         return datasets.load_dataset(
-            builder_name, data_files=[str(file) for file in files], split="train"
+            builder_name, data_files=[glob.escape(str(file)) for file in files], split="train"
         )
 
 
@@ -450,13 +455,11 @@ def _digest(contents: Iterable[str | np.ndarray | None]) -> str:
 @contextmanager
 def _explained(source: str | Path) -> Iterator[None]:
     """Turn what `datasets` raises into one message about `source`."""
-    from datasets.exceptions import DatasetsError
-
     try:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+    except Exception as error:  # whatever the library raises on a file that it cannot read
         raise InputError(_explanation(str(source), error)) from error
 
 
@@ -470,8 +473,11 @@ def _explanation(source: str, error: BaseException) -> str:
             f"tokens.source={source!r}: {complaint} ({reason}). Mend that, or set "
             "HF_DATASETS_CACHE to another folder."
         )
+    if "corresponds to no data" in reason:
+        return f"tokens.source={source!r} is empty. Give a source that holds text."
     if Path(source).expanduser().exists():
-        return f"tokens.source={source!r} cannot be read: {reason}"
+        mend = ". Save the text as UTF-8." if isinstance(causes[-1], UnicodeDecodeError) else ""
+        return f"tokens.source={source!r} cannot be read: {reason}{mend}"
     return (
         f"tokens.source={source!r} is no local file or folder, and the Hugging Face hub did not "
         f"give a data set of that name: {reason}. Check the name, tokens.split, tokens.subset, "

@@ -42,22 +42,33 @@ def load_pretrained(
 
     import transformers
 
-    config = loader.read(transformers.AutoConfig)
+    config = loader.read("config", transformers.AutoConfig)
     model_class = _model_class(str(name), config)
     model, report = loader.read(
+        "weights",
         model_class,
         config=config,
         dtype=dtype,
         use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are in the report
         output_loading_info=True,
     )
+    if mismatched := sorted(report["mismatched_keys"]):
+        key, found, wanted = mismatched[0]
+        raise InputError(
+            f"The weight files of host.name {str(name)!r} do not fit its config.json: {key} has "
+            f"the shape {list(found)}, and {list(wanted)} is wanted. Put the model's own "
+            "config.json beside its weights."
+        )
     if missing := sorted(report["missing_keys"]):
         raise InputError(
             f"The weight files of host.name {str(name)!r} lack {len(missing)} of the weights of "
             f"{type(model).__name__} (such as {missing[0]}), which would be random: give a "
             "complete causal language model."
         )
-    tokenizer = loader.read(transformers.AutoTokenizer) if _has_tokenizer(source) else None
+    tokenizer = (
+        loader.read("tokenizer", transformers.AutoTokenizer) if _has_tokenizer(source) else None
+    )
     return Pretrained(model.eval().to(torch_device), tokenizer)
 
 
@@ -90,10 +101,10 @@ class _Loader:
     source: Path | str
     revision: str | None
 
-    def read(self, reader: Any, **options: Any) -> Any:
+    def read(self, part: str, reader: Any, **options: Any) -> Any:
         local = isinstance(self.source, Path)
         try:
-            with _without_progress_bars(quiet=local):
+            with _quiet(bars=not local):
                 return reader.from_pretrained(
                     str(self.source),
                     revision=self.revision or "main",
@@ -103,8 +114,13 @@ class _Loader:
                 )
         except Exception as error:  # whatever a library raises on a file that it cannot read
             reason = " ".join(str(error).split())
+            if "trust_remote_code" in reason:
+                reason = "it brings code of its own, and groupsae runs no code of a model."
             if local:
-                raise InputError(f"host.name {self.name!r} cannot be loaded: {reason}") from error
+                raise InputError(
+                    f"host.name {self.name!r}: its {part} cannot be loaded: {reason.rstrip('.')}. "
+                    "Give the folder of a model that is complete and of a known kind."
+                ) from error
             at = f" at revision {self.revision!r}" if self.revision else ""
             raise InputError(
                 f"host.name {self.name!r}{at} is no local folder and cannot be loaded from the "
@@ -114,16 +130,21 @@ class _Loader:
 
 
 @contextmanager
-def _without_progress_bars(*, quiet: bool) -> Iterator[None]:
-    """Reading from a disk is quick and needs no bar; a download keeps its own."""
+def _quiet(*, bars: bool) -> Iterator[None]:
+    """Without what transformers logs beside what it raises and reports; `bars` keeps its bars.
+
+    Reading from a disk is quick and needs no bar; a download keeps its own.
+    """
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    if quiet:
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.set_verbosity_error()
+    if not bars:
         logging.disable_progress_bar()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 
@@ -145,6 +166,12 @@ def _source(name: str | Path, revision: str | None) -> Path | str:
         raise InputError(
             f"host.name {str(name)!r}: the folder has no config.json. Give the folder of a Hugging "
             "Face model: config.json, *.safetensors and the tokenizer's files."
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(
+            f"host.name {str(name)!r}: the folder has no *.safetensors. Download the weights; if "
+            "they are pickled (*.bin, *.pt), load the model with transformers and save it again, "
+            "since groupsae unpickles nothing."
         )
     if revision is not None:
         raise InputError(

@@ -24,7 +24,7 @@ _FILES = (
 
 
 @dataclass(frozen=True)
-class Run:
+class Artefacts:
     """What lies in a run directory. Nothing in it is trusted: it may come from elsewhere."""
 
     config_text: str
@@ -43,7 +43,7 @@ class Run:
         return section if isinstance(section, Mapping) else {}
 
 
-def read_run(directory: Path) -> Run:
+def read_run(directory: Path) -> Artefacts:
     """Read every artefact that is there and up to date.
 
     Where `stages.json` is there but does not have a stage, what the stage wrote belongs to an
@@ -66,7 +66,7 @@ def read_run(directory: Path) -> Run:
     def current(stage: str) -> bool:
         return stages is None or stage in stages
 
-    return Run(
+    return Artefacts(
         config_text=config_text,
         config=_parse_config(directory / "config.yaml", config_text),
         distances=_distances(directory / "distances.json") if current("distances") else None,

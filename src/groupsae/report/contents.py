@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from groupsae.report.artefacts import Run
+from groupsae.report.artefacts import Artefacts
 from groupsae.report.metrics import METRICS, MISSING, LayerComparison, compare, means, number
 from groupsae.report.wording import choice, chosen_groups, duration, layer_range, si
 
@@ -17,7 +17,7 @@ _SAE_FIELDS = ("architecture", "d_model", "d_sae", "k")
 Cell = dict[str, str]
 
 
-def page_contents(run: Run) -> dict[str, Any]:
+def page_contents(run: Artefacts) -> dict[str, Any]:
     """Everything that the template names, besides the figures, the style and the script."""
     comparisons = _comparisons(run)
     return {
@@ -44,7 +44,7 @@ def page_contents(run: Run) -> dict[str, Any]:
     }
 
 
-def host_name(run: Run) -> str:
+def host_name(run: Artefacts) -> str:
     """The host model's name as the config has it, of a local path the last part."""
     name = str(run.section("host").get("name") or "host model")
     local = name.startswith((".", "~")) or PurePath(name).is_absolute()
@@ -69,7 +69,7 @@ def comparison_table(comparisons: Sequence[LayerComparison]) -> dict[str, Any]:
     }
 
 
-def _summary(run: Run, comparisons: Sequence[LayerComparison]) -> str:
+def _summary(run: Artefacts, comparisons: Sequence[LayerComparison]) -> str:
     sentences = []
     if run.partition is not None:
         layers, chosen = run.partition["layers"], run.partition["chosen"]
@@ -108,7 +108,7 @@ def _reconstruction_sentence(comparisons: Sequence[LayerComparison]) -> list[str
     return [sentence + "."]
 
 
-def _tiles(run: Run, comparisons: Sequence[LayerComparison]) -> list[Cell]:
+def _tiles(run: Artefacts, comparisons: Sequence[LayerComparison]) -> list[Cell]:
     """The run's main figures, each with its context."""
     tiles = []
     if run.partition is not None:
@@ -134,7 +134,7 @@ def _tiles(run: Run, comparisons: Sequence[LayerComparison]) -> list[Cell]:
     return tiles
 
 
-def _groups(run: Run) -> list[Cell]:
+def _groups(run: Artefacts) -> list[Cell]:
     distances = run.distances
     rows = []
     for group in chosen_groups(run.partition):
@@ -154,7 +154,7 @@ def _groups(run: Run) -> list[Cell]:
     return rows
 
 
-def _saes(run: Run) -> list[Cell]:
+def _saes(run: Artefacts) -> list[Cell]:
     return [
         {
             "folder": sae["folder"],
@@ -167,7 +167,7 @@ def _saes(run: Run) -> list[Cell]:
     ]
 
 
-def _equal(run: Run) -> str:
+def _equal(run: Artefacts) -> str:
     """What was held equal between groups and baseline, and how much was evaluated."""
     reconstruction = run.reconstruction or {}
     parts = []
@@ -179,7 +179,7 @@ def _equal(run: Run) -> str:
     return " ".join(parts)
 
 
-def _every_metric(run: Run, comparisons: Sequence[LayerComparison]) -> dict[str, Any]:
+def _every_metric(run: Artefacts, comparisons: Sequence[LayerComparison]) -> dict[str, Any]:
     """One row for each layer and kind of SAE; the metrics that no row has are left out."""
     rows = [
         (comparison, kind, row)
@@ -210,7 +210,7 @@ def _every_metric(run: Run, comparisons: Sequence[LayerComparison]) -> dict[str,
     }
 
 
-def _cost(run: Run) -> list[tuple[str, str, str]]:
+def _cost(run: Artefacts) -> list[tuple[str, str, str]]:
     """Predicted FLOPs: (of what, per token, for the tokens of this run)."""
     if run.partition is None:
         return []
@@ -229,7 +229,7 @@ def _cost(run: Run) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _stages(run: Run) -> list[tuple[str, str]]:
+def _stages(run: Artefacts) -> list[tuple[str, str]]:
     """Measured wall-clock time of each stage."""
     return [
         (str(name), duration(seconds))
@@ -238,7 +238,7 @@ def _stages(run: Run) -> list[tuple[str, str]]:
     ]
 
 
-def _excluded(run: Run) -> list[tuple[str, str, str]]:
+def _excluded(run: Artefacts) -> list[tuple[str, str, str]]:
     """Counts of what was left out: (stage, what, how many tokens).
 
     Artefacts have them as `excluded_special_tokens` and the like.
@@ -255,9 +255,9 @@ def _excluded(run: Run) -> list[tuple[str, str, str]]:
     ]
 
 
-def _excluding(run: Run) -> list[str]:
+def _excluding(run: Artefacts) -> list[str]:
     """The settings that leave tokens out."""
-    tokens = run.section("tokens")
+    tokens, training = run.section("tokens"), run.section("training")
     said = []
     if "exclude_special" in tokens:
         said.append(
@@ -265,18 +265,18 @@ def _excluding(run: Run) -> list[str]:
             if tokens["exclude_special"]
             else "Special tokens are treated as any others."
         )
-    multiple = number(tokens.get("max_norm_multiple"))
+    multiple = number(training.get("max_norm_multiple"))
     if math.isfinite(multiple):
         said.append(
-            f"Tokens whose residual stream is longer than {multiple:g} times its layer's mean norm "
-            "are dropped."
+            f"Tokens whose residual stream is longer, at any layer, than {multiple:g} times the "
+            "layer's mean norm are kept out of training."
         )
-    elif "max_norm_multiple" in tokens:
+    elif "max_norm_multiple" in training:
         said.append("No token is dropped for the length of its residual stream.")
     return said
 
 
-def _provenance(run: Run) -> list[tuple[str, str]]:
+def _provenance(run: Artefacts) -> list[tuple[str, str]]:
     return [
         (str(key).replace("_", " "), str(value))
         for key, value in run.section("provenance").items()
@@ -284,31 +284,31 @@ def _provenance(run: Run) -> list[tuple[str, str]]:
     ]
 
 
-def _given_definition(run: Run, key: str) -> str | None:
+def _given_definition(run: Artefacts, key: str) -> str | None:
     """The evaluation's own sentence about a key of its rows."""
     definitions = (run.reconstruction or {}).get("definitions")
     given = definitions.get(key) if isinstance(definitions, Mapping) else None
     return given if isinstance(given, str) else None
 
 
-def _comparisons(run: Run) -> list[LayerComparison]:
+def _comparisons(run: Artefacts) -> list[LayerComparison]:
     if run.reconstruction is None:
         return []
     chosen = run.partition["chosen"] if run.partition is not None else None
     return compare(run.reconstruction["rows"], chosen)
 
 
-def _chosen_entry(run: Run) -> Mapping[str, Any]:
+def _chosen_entry(run: Artefacts) -> Mapping[str, Any]:
     partition = run.partition or {}
     entry: Mapping[str, Any] = partition["by_groups"][str(partition["chosen"])]
     return entry
 
 
-def _n_layers(run: Run) -> int:
+def _n_layers(run: Artefacts) -> int:
     return len((run.partition or {"layers": ()})["layers"])
 
 
-def _saving(run: Run) -> float | None:
+def _saving(run: Artefacts) -> float | None:
     """Share of the predicted FLOPs of one SAE per layer that the groups save."""
     if run.partition is None:
         return None
@@ -319,7 +319,7 @@ def _saving(run: Run) -> float | None:
     return 1 - ours / theirs if math.isfinite(ours) and theirs > 0 else None
 
 
-def _training_tokens(run: Run) -> list[float]:
+def _training_tokens(run: Artefacts) -> list[float]:
     """Tokens that each SAE has seen, from its last line of metrics."""
     last: dict[str, float] = {}
     for line in run.metrics:
@@ -327,7 +327,7 @@ def _training_tokens(run: Run) -> list[float]:
     return [tokens for tokens in last.values() if math.isfinite(tokens)]
 
 
-def _tokens_per_sae(run: Run) -> str:
+def _tokens_per_sae(run: Artefacts) -> str:
     tokens = _training_tokens(run)
     if not tokens:
         return ""
@@ -335,7 +335,7 @@ def _tokens_per_sae(run: Run) -> str:
     return f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}"
 
 
-def _n_saes(run: Run) -> str:
+def _n_saes(run: Artefacts) -> str:
     names = {str(line["sae"]) for line in run.metrics}
     baselines = sum(name.startswith("baseline/") for name in names)
     return (

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import io
-import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,8 @@ from numpy.typing import NDArray
 from scipy.cluster import hierarchy
 
 from groupsae.errors import InputError
+from groupsae.grouping.matrix import Distances
+from groupsae.grouping.methods import linkage_matrix
 from groupsae.report.metrics import METRICS, LayerComparison, compare, number
 from groupsae.report.wording import chosen_groups, sae_label, si_scale
 
@@ -190,7 +191,7 @@ def dendrogram(distances: Mapping[str, Any], partition: Mapping[str, Any] | None
     n_layers = len(layers)
     if n_layers < 2:
         raise InputError(f"a dendrogram needs at least two layers; there is {n_layers}")
-    links = _contiguous_linkage(matrix)
+    links = linkage_matrix(Distances.from_matrix(matrix, layers))
     groups = chosen_groups(partition) or [[layer] for layer in layers]
     group_of = {layer: at for at, group in enumerate(groups) for layer in group}
     colours = group_colours(len(groups))
@@ -530,23 +531,6 @@ def _matrix(distances: Mapping[str, Any]) -> Floats:
     """The distances as a symmetric matrix; None becomes NaN, one filled triangle is enough."""
     matrix = np.array(distances["matrix"], dtype=np.float64)
     return np.fmax(matrix, matrix.T)
-
-
-def _contiguous_linkage(matrix: Floats) -> Floats:
-    """The linkage matrix, as scipy has it, of complete linkage in which only neighbours join."""
-    n_layers = len(matrix)
-    runs = [(at, at, at + 1) for at in range(n_layers)]  # node, first layer, one past the last
-    links: list[list[float]] = []
-    while len(runs) > 1:
-        heights = [
-            float(np.nanmax(matrix[a[1] : b[2], a[1] : b[2]], initial=0))
-            for a, b in itertools.pairwise(runs)
-        ]
-        at = int(np.argmin(heights))
-        (left, start, _), (right, _, stop) = runs[at], runs[at + 1]
-        runs[at : at + 2] = [(n_layers + len(links), start, stop)]
-        links.append([left, right, heights[at], stop - start])
-    return np.array(links, dtype=np.float64)
 
 
 def _cut(links: Floats, layers: Sequence[int], groups: Sequence[Sequence[int]]) -> float | None:

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from groupsae.report import figures
-from groupsae.report.artefacts import Run
+from groupsae.report.artefacts import Artefacts
 from groupsae.report.metrics import METRICS, number
 from groupsae.report.wording import (
     choice,
@@ -33,7 +33,7 @@ class Illustration:
     definitions: tuple[tuple[str, str], ...] = ()
 
 
-def illustrations(run: Run) -> list[Illustration]:
+def illustrations(run: Artefacts) -> list[Illustration]:
     """The figures that the run's artefacts allow, in the order of the page."""
     found: list[Illustration] = []
     if run.distances is not None:
@@ -55,7 +55,7 @@ _METHODS = {
 }
 
 
-def _of_distances(run: Run, distances: Mapping[str, Any]) -> list[Illustration]:
+def _of_distances(run: Artefacts, distances: Mapping[str, Any]) -> list[Illustration]:
     layers, partition = distances["layers"], run.partition
     groups = [layer_range(group) for group in chosen_groups(partition)]
     errors = [number(entry) for row in distances.get("standard_error") or [] for entry in row]
@@ -145,7 +145,7 @@ def _of_partition(partition: Mapping[str, Any]) -> Illustration:
     )
 
 
-def _of_training(run: Run) -> Illustration:
+def _of_training(run: Artefacts) -> Illustration:
     baseline = any(str(line["sae"]).startswith("baseline/") for line in run.metrics)
     dead_after = number(run.section("training").get("dead_after_tokens"))
     dead = "Share of the latents that were silent for longer than the config allows."
@@ -173,7 +173,7 @@ def _of_training(run: Run) -> Illustration:
     )
 
 
-def _of_reconstruction(run: Run, reconstruction: Mapping[str, Any]) -> list[Illustration]:
+def _of_reconstruction(run: Artefacts, reconstruction: Mapping[str, Any]) -> list[Illustration]:
     rows = reconstruction["rows"]
     chosen = run.partition["chosen"] if run.partition is not None else None
     baseline = any(row["partition"] == "baseline" for row in rows)

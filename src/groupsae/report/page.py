@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from groupsae.errors import InputError
 from groupsae.report import contents
-from groupsae.report.artefacts import Run, read_run
+from groupsae.report.artefacts import Artefacts, read_run
 
 FORMATS = ("pdf", "png", "svg")
 
@@ -55,7 +55,7 @@ def write_report(run_directory: Path, *, formats: Sequence[str] = ("pdf", "png")
     return page
 
 
-def render(run: Run, figures: Mapping[str, Mapping[str, Any]]) -> str:
+def render(run: Artefacts, figures: Mapping[str, Mapping[str, Any]]) -> str:
     """The page's HTML, with `figures` by name as :func:`write_report` draws them.
 
     Everything but our own style and script is escaped. The page's content security policy allows
@@ -78,7 +78,7 @@ def render(run: Run, figures: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def _draw(run: Run, folder: Path, formats: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _draw(run: Artefacts, folder: Path, formats: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Draw the run's figures, write their files, and give what the page needs of each."""
     from groupsae.report.figures import encode  # matplotlib is slow to import
     from groupsae.report.illustrations import illustrations

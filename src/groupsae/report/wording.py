@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from groupsae.grouping.layers import format_layers
 from groupsae.report.metrics import number
 
 
@@ -29,13 +30,7 @@ def choice(partition: Mapping[str, Any]) -> str:
 
 def layer_range(layers: Sequence[int]) -> str:
     """[3, 4, 5, 8] as "3–5, 8"."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    return format_layers(layers).replace("-", "–")
 
 
 def sae_label(name: str) -> str:

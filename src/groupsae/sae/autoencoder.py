@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from groupsae.errors import InputError
+from groupsae.files import replacing, write_text
 from groupsae.sae.sparsity import Latents, topk
 
 CONFIG_FILE = "cfg.json"
@@ -140,16 +141,18 @@ class SAE(nn.Module):
             per_sample_weights=latents.values.reshape(-1, shape[-1]),
             mode="sum",
         )
-        return rows.reshape(*shape[:-1], -1) + self.b_dec
+        return rows.reshape(*shape[:-1], self.config.d_model) + self.b_dec
 
     def save(self, directory: Path) -> None:
-        """Write `cfg.json` and `sae.safetensors` into `directory`, made where it is missing."""
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()},
-            directory / WEIGHTS_FILE,
-        )
-        (directory / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        """Write `cfg.json` and `sae.safetensors` into `directory`, made where it is missing.
+
+        Raises:
+            InputError: If they cannot be written.
+        """
+        weights = {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}
+        with replacing(directory / WEIGHTS_FILE) as aside:
+            save_file(weights, aside)
+        write_text(directory / CONFIG_FILE, json.dumps(asdict(self.config), indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: Path | str, device: str | torch.device = "cpu") -> SAE:
@@ -164,15 +167,27 @@ class SAE(nn.Module):
             stored = json.loads((directory / CONFIG_FILE).read_text())
             config = SAEConfig(**{**stored, "layers": tuple(stored["layers"])})
             weights = load_file(directory / WEIGHTS_FILE, device=str(device))
-            sae = cls(config, mean=weights["mean"], scale=weights["scale"]).to(device)
+            start = torch.Generator()  # of weights to be overwritten; the global one stays
+            sae = cls(config, mean=weights["mean"], scale=weights["scale"], generator=start)
+            sae = sae.to(device)
             sae.load_state_dict(weights)
         except FileNotFoundError as error:
             raise InputError(
                 f"{directory} holds no SAE: {Path(error.filename or '').name or WEIGHTS_FILE} is "
                 f"missing; give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
             ) from error
-        except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, RuntimeError) as error:
-            raise InputError(f"{directory} holds no readable SAE: {error}") from error
+        except (
+            SafetensorError,
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            RuntimeError,
+        ) as error:
+            raise InputError(
+                f"{directory} holds no readable SAE: {error}; the folder is damaged, or of another "
+                "program"
+            ) from error
         return sae
 
     def _member(self, layer: int) -> int:

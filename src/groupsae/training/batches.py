@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,11 +31,12 @@ class NormLimit:
     """Drop a token whose residual stream is longer than `multiple` mean norms at any layer."""
 
     multiple: float
-    mean_norm: Mapping[int, float] = field(default_factory=dict)
+    mean_norm: Mapping[int, float]
 
     def exceeded(self, x: Float[Tensor, "token d_model"], layer: int) -> Bool[Tensor, " token"]:
         """Which of these residual streams of `layer` are too long."""
-        norm: Tensor = torch.linalg.vector_norm(x, dim=-1)
+        wide = torch.promote_types(x.dtype, torch.float32)  # float16 ends at 65,504
+        norm: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=wide)
         return norm > self.multiple * self.mean_norm[layer]
 
 
@@ -47,7 +48,9 @@ class MixedBatches:
     d_model numbers per token and SAE whatever the size of the group. A batch takes random rows out
     of the buffer and the rows of new contexts take their places, so every token is used once and a
     batch mixes the tokens of many contexts. All SAEs share the draw of rows: the n-th row of the
-    n-th batch is the same token for groups and baseline alike.
+    m-th batch is the same token for groups and baseline alike. Draws are made
+    on the CPU, so that a GPU is never waited for (but for a `norm_limit`, which must know how many
+    rows it leaves).
 
     Args:
         saes: By name; every SAE takes part in every batch.
@@ -90,20 +93,20 @@ class MixedBatches:
         """The next mixed batch of normalised activations, by SAE.
 
         Raises:
-            EndOfText: If the text is used up before the buffer holds a batch.
+            EndOfText: If the text is used up before `total_tokens` are handed out.
         """
         while self.filled < self.buffer_tokens:
             missing = self.total_tokens - self.handed_out - self.filled
             if missing <= 0:
                 break
             self._read_contexts(min(self.contexts, -(-missing // self.stream.context_length)))
-        rows = torch.randperm(self.filled, generator=self._row_draws)[: self.batch_tokens]
-        rows = rows.to(self.buffer.device)
+        drawn = torch.randperm(self.filled, generator=self._row_draws)[: self.batch_tokens]
+        rows = self._moved(drawn)
         batch = {
             name: self.buffer[index].index_select(0, rows) for index, name in enumerate(self.saes)
         }
-        self._close_gaps(rows)
-        self.handed_out += len(rows)
+        self._close_gaps(drawn)
+        self.handed_out += len(drawn)
         return batch
 
     def check_finite(self) -> None:
@@ -151,7 +154,7 @@ class MixedBatches:
                 tokens = (draw == member).nonzero().squeeze(1)
                 writer = partial(self._write, index, sae, layer, kept[tokens], tokens)
                 writers.setdefault(layer, []).append(writer)
-        positions = kept.to(self.host.device)
+        positions = self._moved(kept)
 
         def visit(layer: int, x: Tensor) -> None:
             x = x.flatten(0, 1)
@@ -179,8 +182,8 @@ class MixedBatches:
         self, index: int, sae: SAE, layer: int, positions: Tensor, rows: Tensor, x: Tensor
     ) -> None:
         """Copy the tokens that drew `layer` from a forward's x into the free end of the buffer."""
-        chosen = x.index_select(0, positions.to(x.device))
-        rows = (rows + self.filled).to(x.device)
+        chosen = x.index_select(0, self._moved(positions))
+        rows = self._moved(rows + self.filled)
         self.buffer[index].index_copy_(0, rows, sae.normalize(chosen, layer))
 
     def _drop(self, too_long: Bool[Tensor, " token"]) -> int:
@@ -192,9 +195,13 @@ class MixedBatches:
     def _close_gaps(self, taken: Int[Tensor, " token"]) -> None:
         """Move rows from the filled end into the places of those taken."""
         left = self.filled - len(taken)
-        is_taken = torch.zeros(self.filled, dtype=torch.bool, device=taken.device)
+        is_taken = torch.zeros(self.filled, dtype=torch.bool)
         is_taken[taken] = True
         gaps = is_taken[:left].nonzero().squeeze(1)
         movers = (~is_taken[left:]).nonzero().squeeze(1) + left
-        self.buffer[:, gaps] = self.buffer[:, movers]
+        self.buffer[:, self._moved(gaps)] = self.buffer[:, self._moved(movers)]
         self.filled = left
+
+    def _moved(self, indices: Int[Tensor, " index"]) -> Int[Tensor, " index"]:
+        """Indices from the CPU, where the buffer is."""
+        return indices.to(self.buffer.device, non_blocking=True)

@@ -7,13 +7,14 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from groupsae.files import replacing
 from groupsae.training.batches import MixedBatches
 from groupsae.training.learner import Learner
 
@@ -32,11 +33,12 @@ class Checkpoints:
 
     Args:
         directory: Where they lie; made when the first is written.
+        config: Identifies the config that is trained; checkpoints of another are passed over.
         kept: How many of the newest stay.
     """
 
-    def __init__(self, directory: Path, kept: int = 2) -> None:
-        self.directory, self.kept = directory, kept
+    def __init__(self, directory: Path, config: str, kept: int = 2) -> None:
+        self.directory, self.config, self.kept = directory, config, kept
 
     def save(
         self,
@@ -51,35 +53,38 @@ class Checkpoints:
         for sae, learner in learners.items():
             tensors |= {f"{sae}.{name}": tensor for name, tensor in learner.state().items()}
         final = self.directory / f"step-{step:06d}"
-        aside = self.directory / f".{final.name}.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            aside / _TENSORS,
-        )
-        state = {
-            "step": step,
-            "seconds": seconds,
-            "batches": batch_state,
-            "sha256": _sha256(aside / _TENSORS),
-        }
-        (aside / _STATE).write_text(json.dumps(state, indent=2))
-        for file in (aside / _TENSORS, aside / _STATE):
-            _flush(file)
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
+        with replacing(final) as aside:
+            aside.mkdir()
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+                aside / _TENSORS,
+            )
+            state = {
+                "step": step,
+                "config": self.config,
+                "seconds": seconds,
+                "batches": batch_state,
+                "sha256": _sha256(aside / _TENSORS),
+            }
+            (aside / _STATE).write_text(json.dumps(state, indent=2))
+            for file in (aside / _TENSORS, aside / _STATE):
+                _flush(file)
         for old in self._newest_first()[self.kept :]:
             shutil.rmtree(old)
         return final
 
     def restore(self, learners: Mapping[str, Learner], batches: MixedBatches) -> tuple[int, float]:
-        """Load the newest valid checkpoint; returns its step and seconds, (0, 0.0) if none."""
+        """Load the newest valid checkpoint; returns its step and seconds, (0, 0.0) if none.
+
+        Those of another config are removed: whoever calls this has decided to train anew.
+        """
         for directory in self._newest_first():
-            state = _valid_state(directory)
-            if state is None:
+            state = _read_state(directory)
+            if state is not None and state["config"] != self.config:
+                shutil.rmtree(directory)
+            elif state is None or not _is_whole(directory, state):
                 log.warning("%s is damaged and passed over", directory)
-                continue
+        for directory, state in self._valid():
             tensors = load_file(directory / _TENSORS)
             batches.load_state(_part(tensors, "batches"), state["batches"])
             for sae, learner in learners.items():
@@ -89,23 +94,33 @@ class Checkpoints:
 
     def step(self) -> int:
         """The step of the newest valid checkpoint, 0 if there is none."""
-        states = map(_valid_state, self._newest_first())
-        return next((state["step"] for state in states if state is not None), 0)
-
-    def clear(self) -> None:
-        """Remove all checkpoints."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        return next((state["step"] for _, state in self._valid()), 0)
 
     def _newest_first(self) -> list[Path]:
         return sorted(self.directory.glob("step-*"), key=lambda path: path.name, reverse=True)
 
+    def _valid(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """The checkpoints of this config that are whole, the newest first."""
+        for directory in self._newest_first():
+            state = _read_state(directory)
+            if state and state["config"] == self.config and _is_whole(directory, state):
+                yield directory, state
 
-def _valid_state(directory: Path) -> dict[str, Any] | None:
+
+def _read_state(directory: Path) -> dict[str, Any] | None:
+    """The JSON part of a checkpoint; None if it is damaged."""
     try:
         state: dict[str, Any] = json.loads((directory / _STATE).read_text())
-        return state if state["sha256"] == _sha256(directory / _TENSORS) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return state if {"step", "seconds", "config", "batches", "sha256"} <= state.keys() else None
+    except (OSError, ValueError, AttributeError):
         return None
+
+
+def _is_whole(directory: Path, state: Mapping[str, Any]) -> bool:
+    try:
+        return bool(state["sha256"] == _sha256(directory / _TENSORS))
+    except OSError:
+        return False
 
 
 def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from groupsae.config import TrainingConfig
@@ -38,16 +37,17 @@ class Learner:
         self.silent_tokens: Int[Tensor, " d_sae"] = torch.zeros(
             sae.config.d_sae, dtype=torch.long, device=sae.W_enc.device
         )
+        self.tokens = 0
         self._sums: dict[str, Float[Tensor, ""]] = {}
         self._steps_summed = 0
 
     def step(self, x: Float[Tensor, "token d_model"]) -> StepResult:
         """Move the weights by one mixed batch of normalised activations."""
-        dead = self.silent_tokens >= self.config.dead_after_tokens
+        can_be_dead = self.tokens >= self.config.dead_after_tokens and self.config.auxk_weight
         result = step(
             self.sae,
             x,
-            dead=dead if self.config.auxk_weight else None,
+            dead=self._dead() if can_be_dead else None,
             auxk_weight=self.config.auxk_weight,
         )
         for name, parameter in self._parameters.items():
@@ -58,6 +58,7 @@ class Learner:
         remove_parallel_component(self.sae)
         self._adam.step()
         normalize_decoder(self.sae)
+        self.tokens += len(x)
         self.silent_tokens += len(x)
         self.silent_tokens.masked_fill_(result.fired, 0)
         self._sum(result, gradient_norm)
@@ -67,8 +68,7 @@ class Learner:
         """Means over the steps since the last call, and the share of dead latents now."""
         means = {name: float(total) / self._steps_summed for name, total in self._sums.items()}
         self._sums, self._steps_summed = {}, 0
-        dead = self.silent_tokens >= self.config.dead_after_tokens
-        return {**means, "dead": float(dead.float().mean()), "lr": self.learning_rate}
+        return {**means, "dead": float(self._dead().float().mean()), "lr": self.learning_rate}
 
     def state(self) -> dict[str, Tensor]:
         """Everything that determines the steps to come."""
@@ -76,7 +76,14 @@ class Learner:
         for name, parameter in self._parameters.items():
             for key, tensor in self._adam.state[parameter].items():
                 state[f"adam.{name}.{key}"] = tensor
-        return {**state, "silent_tokens": self.silent_tokens}
+        for name, total in self._sums.items():
+            state[f"sums.{name}"] = total
+        return {
+            **state,
+            "silent_tokens": self.silent_tokens,
+            "steps_summed": torch.tensor(self._steps_summed),
+            "tokens": torch.tensor(self.tokens),
+        }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what :meth:`state` gave."""
@@ -88,6 +95,16 @@ class Learner:
                 if f"adam.{name}.{key}" in state
             }
         self.silent_tokens.copy_(state["silent_tokens"])
+        self.tokens = int(state["tokens"])
+        self._steps_summed = int(state["steps_summed"])
+        self._sums = {
+            key.removeprefix("sums."): total.to(self.silent_tokens.device)
+            for key, total in state.items()
+            if key.startswith("sums.")
+        }
+
+    def _dead(self) -> Bool[Tensor, " d_sae"]:
+        return self.silent_tokens >= self.config.dead_after_tokens
 
     def _sum(self, result: StepResult, gradient_norm: Tensor) -> None:
         values = {
@@ -109,11 +126,12 @@ def remove_parallel_component(sae: SAE) -> None:
     Bricken et al. 2023, and Gao et al. 2024 (arXiv 2406.04093), appendix A.
     """
     if sae.W_dec.grad is not None:
-        along = (sae.W_dec.grad * sae.W_dec).sum(1, keepdim=True)
-        sae.W_dec.grad -= along * sae.W_dec
+        along = torch.linalg.vecdot(sae.W_dec.grad, sae.W_dec).unsqueeze(1)
+        sae.W_dec.grad.addcmul_(sae.W_dec, along, value=-1)
 
 
 @torch.no_grad()
 def normalize_decoder(sae: SAE) -> None:
     """Bring every decoder row back to unit norm."""
-    sae.W_dec.copy_(F.normalize(sae.W_dec, dim=1))
+    norms = torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True)
+    sae.W_dec.div_(norms.clamp_min_(torch.finfo(norms.dtype).tiny))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from groupsae.training.batches import MixedBatches, NormLimit
 from groupsae.training.checkpoint import Checkpoints
 from groupsae.training.learner import Learner
 from groupsae.training.trackers import open_tracker
-from groupsae.training.trainer import train
+from groupsae.training.trainer import Record, train
 
 
 def train_saes(
@@ -32,26 +33,29 @@ def train_saes(
     config: Config,
     *,
     directory: Path,
+    key: str,
     special: Iterable[int] = (),
 ) -> dict[str, Any]:
     """Train one SAE per group and, if asked, one per layer, and save them.
 
     Writes `saes/`, `metrics.jsonl` and, while it trains, `checkpoints/` under `directory`, and
-    continues from the newest checkpoint there.
+    continues from the newest checkpoint there. Whoever has noted the summary may clear them.
 
     Args:
         moments: Of every member layer; each SAE's scales and means are made from them.
         groups: Member layers of each group.
+        key: Identifies what is trained; only checkpoints with the same key are continued.
         special: Token ids to leave out.
 
     Returns:
         A summary for `training.json`: SAEs, steps, tokens and what was left out.
     """
     training = config.training
+    names = _names(groups, baseline=training.baseline)
     saes = {
-        name: new_sae(name, layers, moments, config).to(host.device)
-        for name, layers in _members(groups, baseline=training.baseline)
+        own[0]: new_sae(layers, moments, config).to(host.device) for layers, own in names.items()
     }
+    aliases = {own[0]: own for own in names.values()}
     batches = MixedBatches(
         host,
         stream,
@@ -61,18 +65,24 @@ def train_saes(
         buffer_tokens=training.buffer_tokens,
         contexts=training.host_batch_contexts,
         special=special,
-        norm_limit=_norm_limit(config.tokens.max_norm_multiple, moments),
+        norm_limit=_norm_limit(training.max_norm_multiple, moments),
         seed=training.seed,
     )
     learners = {name: Learner(sae, training) for name, sae in saes.items()}
-    checkpoints = Checkpoints(directory / "checkpoints", training.checkpoints_kept)
+    checkpoints = Checkpoints(directory / "checkpoints", key, training.checkpoints_kept)
     with open_tracker(training.tracker, directory, checkpoints.step(), config) as log:
-        train(learners, batches, training, checkpoints=checkpoints, log=log)
-    for name, sae in saes.items():
-        sae.save(directory / "saes" / name)
-    checkpoints.clear()
+
+        def log_by_every_name(record: Record) -> None:
+            for name in aliases[record["sae"]]:
+                log(record | {"sae": name})
+
+        train(learners, batches, training, checkpoints=checkpoints, log=log_by_every_name)
+    shutil.rmtree(directory / "saes", ignore_errors=True)  # of another partition, where one was
+    for own, sae in saes.items():
+        for name in aliases[own]:
+            sae.save(directory / "saes" / name)
     return {
-        "saes": list(saes),
+        "saes": [name for own in aliases.values() for name in own],
         "steps": training.steps,
         "tokens_per_sae": training.steps * training.batch_tokens,
         "tokens_kept": batches.excluded.kept,
@@ -81,8 +91,8 @@ def train_saes(
     }
 
 
-def new_sae(name: str, layers: Sequence[int], moments: Moments, config: Config) -> SAE:
-    """An untrained SAE for these layers. Its weights depend on the seed and its name alone."""
+def new_sae(layers: Sequence[int], moments: Moments, config: Config) -> SAE:
+    """An untrained SAE for these layers. Its weights depend on them and on the seed alone."""
     mean, scale = affine(moments, layers, config.sae.affine)
     d_model = moments.mean.shape[1]
     shape = SAEConfig(
@@ -91,7 +101,7 @@ def new_sae(name: str, layers: Sequence[int], moments: Moments, config: Config) 
         k=config.sae.k,
         layers=tuple(layers),
     )
-    seed = zlib.crc32(f"{config.training.seed} {name}".encode())
+    seed = zlib.crc32(f"{config.training.seed} {directory_name(layers)}".encode())
     return SAE(shape, mean=mean, scale=scale, generator=torch.Generator().manual_seed(seed))
 
 
@@ -114,15 +124,18 @@ def affine(
     return torch.zeros_like(mean).float(), scale.float()
 
 
-def _members(
-    groups: Sequence[Sequence[int]], *, baseline: bool
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and member layers of every SAE to train."""
+def _names(groups: Sequence[Sequence[int]], *, baseline: bool) -> dict[tuple[int, ...], list[str]]:
+    """The names of every SAE to train, by its member layers.
+
+    A group of one layer and that layer's baseline are the same SAE: it is trained once.
+    """
+    names: dict[tuple[int, ...], list[str]] = {}
     for group in groups:
-        yield directory_name(group), tuple(group)
+        names[tuple(group)] = [directory_name(group)]
     if baseline:
         for layer in sorted(layer for group in groups for layer in group):
-            yield f"baseline/{directory_name([layer])}", (layer,)
+            names.setdefault((layer,), []).append(f"baseline/{directory_name([layer])}")
+    return names
 
 
 def _norm_limit(multiple: float | None, moments: Moments) -> NormLimit | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from groupsae.config import Config
 from groupsae.errors import InputError
+from groupsae.files import append_text, write_text
 
 Record = dict[str, Any]
 
@@ -31,11 +32,10 @@ def open_tracker(
     """
     path = directory / "metrics.jsonl"
     _keep_until(path, step)
-    with path.open("a", encoding="utf-8") as file, _TRACKERS[name](directory, config) as send:
+    with _TRACKERS[name](directory, config) as send:
 
         def record(values: Record) -> None:
-            file.write(json.dumps(values) + "\n")
-            file.flush()
+            append_text(path, json.dumps(values) + "\n")
             send(values)
 
         yield record
@@ -92,6 +92,10 @@ def _missing(package: str) -> InputError:
 def _keep_until(path: Path, step: int) -> None:
     """Drop the lines of steps after `step`, and a last line that was cut off."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept), encoding="utf-8")
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+        except (ValueError, LookupError, TypeError) as error:
+            raise InputError(f"{path} is damaged ({error}); remove it to go on without") from error
+        write_text(path, "".join(kept))

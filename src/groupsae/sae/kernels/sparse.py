@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from groupsae.sae.autoencoder import SAE
 from groupsae.sae.kernels.reference import StepResult
-from groupsae.sae.sparsity import Latents, topk
+from groupsae.sae.sparsity import Latents
 
 _CHUNK_BYTES = (
     16 * 2**20
@@ -38,8 +39,9 @@ def step(
     latents = encode(inputs, sae.W_enc, sae.b_enc, sae.config.k)
     residual = x - decode(latents, sae.W_dec) - sae.b_dec
     fvu = residual.square().sum() / variance
-    gradients = _gradients(sae, inputs, latents, residual * (-2 / variance))
-    gradients["b_dec"] += (residual * (-2 / variance)).sum(0)
+    output_gradient = residual * (-2 / variance)
+    gradients = _gradients(sae, inputs, latents, output_gradient)
+    gradients["b_dec"] += output_gradient.sum(0)
 
     auxk = x.new_zeros(())
     if dead is not None and bool(dead.any()):
@@ -64,13 +66,18 @@ def encode(
     b_enc: Float[Tensor, " latent"],
     k: int,
 ) -> Latents:
-    """TopK(relu(W_enc inputs + b_enc)), a chunk of tokens at a time."""
-    rows = max(_CHUNK_BYTES // (b_enc.element_size() * len(b_enc)), 1)
-    chunks = [topk(F.linear(chunk, W_enc, b_enc), k) for chunk in torch.split(inputs, rows)]
-    return Latents(
-        torch.cat([chunk.values for chunk in chunks]),
-        torch.cat([chunk.indices for chunk in chunks]),
-    )
+    """TopK(relu(W_enc inputs + b_enc)), a chunk of tokens at a time in one kept buffer."""
+    tokens, rows = len(inputs), max(_CHUNK_BYTES // (b_enc.element_size() * len(b_enc)), 1)
+    buffer = inputs.new_empty(min(rows, tokens), len(b_enc))
+    values = inputs.new_empty(tokens, k)
+    indices = torch.empty(tokens, k, dtype=torch.long, device=inputs.device)
+    for start in range(0, tokens, rows):
+        chunk = slice(start, start + rows)
+        pre_activations = buffer[: len(inputs[chunk])]
+        torch.addmm(b_enc, inputs[chunk], W_enc.T, out=pre_activations)
+        chosen = (values[chunk], indices[chunk])
+        torch.topk(pre_activations, k, sorted=False, out=chosen)
+    return Latents(values.relu_(), indices)
 
 
 def decode(
@@ -152,8 +159,9 @@ class _ByLatent:
     @classmethod
     def of(cls, indices: Int[Tensor, "token k"], d_sae: int) -> _ByLatent:
         flat = indices.flatten()
-        order = flat.argsort(stable=True)
-        counts = flat.bincount(minlength=d_sae)
+        order = _stable_argsort(flat, d_sae)
+        counts = torch.zeros(d_sae, dtype=torch.long, device=flat.device)
+        counts.index_add_(0, flat, torch.ones_like(flat))
         return cls(order, order // indices.shape[1], counts.cumsum(0) - counts, flat, d_sae)
 
     def sum_rows(
@@ -171,3 +179,13 @@ class _ByLatent:
     def sum(self, weights: Float[Tensor, "token k"]) -> Float[Tensor, " latent"]:
         """For each latent the sum of its tokens' weights."""
         return weights.new_zeros(self.d_sae).index_add_(0, self.indices, weights.flatten())
+
+
+def _stable_argsort(values: Int[Tensor, " entry"], bound: int) -> Int[Tensor, " entry"]:
+    """What sorts whole numbers in [0, bound), equal ones in their order.
+
+    On the CPU numpy's radix sort of 16-bit numbers is a hundred times faster than torch's sort.
+    """
+    if values.device.type != "cpu" or bound > 2**16:
+        return values.argsort(stable=True)
+    return torch.from_numpy(values.numpy().astype(np.uint16).argsort(kind="stable"))

@@ -1,0 +1,545 @@
+// The sparse parts of a TopK training step on the CPU: see cpu.py, which builds and calls this.
+//
+// A C interface on raw pointers: neither Python's nor PyTorch's headers are needed. All matrices
+// are float32, contiguous, a row a token or a latent. Loops are plain C++ that compilers vectorise.
+// Work is shared out in pieces whose results do not depend on which thread takes them, and partial
+// sums are added in a fixed order: the same input gives the same bits.
+
+#include <algorithm>
+#include <climits>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+using Size = int64_t;
+using Key = int32_t;
+
+constexpr Size kRowsAtOnce = 4;        // rows that share one pass over an accumulator
+constexpr Size kLine = 16;             // floats in a cache line
+constexpr Size kMostEntries = 512;     // of a latent in one piece of work
+constexpr Size kFewestTokens = 32;     // of a block that is scored at once
+constexpr Size kMostTokens = 256;
+constexpr Size kFewestGroups = 512;    // of latents, where a row is searched
+constexpr float kRoundedNorm = 1.001f; // covers the rounding of a norm that is summed in float32
+
+float* row(float* matrix, Size index, Size width) { return matrix + index * width; }
+const float* row(const float* matrix, Size index, Size width) { return matrix + index * width; }
+
+// ---- sums over rows ------------------------------------------------------------------------
+
+// Rows lie anywhere in memory: fetch those of the next pass while this one is computed.
+void prefetch(const float* const* rows, Size from, Size count, Size width) {
+    for (Size i = from; i < std::min(count, from + kRowsAtOnce); ++i)
+        for (Size m = 0; m < std::min<Size>(width,64); m += kLine) __builtin_prefetch(rows[i] + m);
+}
+
+// accumulator += sum of weights[i] rows[i]
+void add_rows(float* __restrict accumulator, const float* const* rows, const float* weights,
+              Size count, Size width) {
+    Size i = 0;
+    for (; i + kRowsAtOnce <= count; i += kRowsAtOnce) {
+        prefetch(rows, i + kRowsAtOnce, count, width);
+        const float *a = rows[i], *b = rows[i + 1], *c = rows[i + 2], *d = rows[i + 3];
+        const float wa = weights[i], wb = weights[i + 1], wc = weights[i + 2], wd = weights[i + 3];
+#pragma omp simd
+        for (Size m = 0; m < width; ++m)
+            accumulator[m] += (wa * a[m] + wb * b[m]) + (wc * c[m] + wd * d[m]);
+    }
+    for (; i < count; ++i) {
+        const float* a = rows[i];
+        const float w = weights[i];
+#pragma omp simd
+        for (Size m = 0; m < width; ++m) accumulator[m] += w * a[m];
+    }
+}
+
+// products[i] = vector . rows[i]
+void dot_rows(const float* __restrict vector, const float* const* rows, float* products, Size count,
+              Size width) {
+    Size i = 0;
+    for (; i + kRowsAtOnce <= count; i += kRowsAtOnce) {
+        prefetch(rows, i + kRowsAtOnce, count, width);
+        const float *a = rows[i], *b = rows[i + 1], *c = rows[i + 2], *d = rows[i + 3];
+        float pa = 0, pb = 0, pc = 0, pd = 0;
+#pragma omp simd reduction(+ : pa, pb, pc, pd)
+        for (Size m = 0; m < width; ++m) {
+            pa += vector[m] * a[m];
+            pb += vector[m] * b[m];
+            pc += vector[m] * c[m];
+            pd += vector[m] * d[m];
+        }
+        products[i] = pa, products[i + 1] = pb, products[i + 2] = pc, products[i + 3] = pd;
+    }
+    for (; i < count; ++i) {
+        const float* a = rows[i];
+        float p = 0;
+#pragma omp simd reduction(+ : p)
+        for (Size m = 0; m < width; ++m) p += vector[m] * a[m];
+        products[i] = p;
+    }
+}
+
+// ---- choosing the k largest ----------------------------------------------------------------
+
+// Whole numbers that order positive floats as the floats are ordered. What is not positive gets at
+// most 0: it is no active latent. A NaN counts as the largest, as in torch.topk.
+inline Key key(float value) {
+    Key bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return value != value ? INT_MAX : bits;
+}
+
+// The same for a lower bound: a NaN bounds nothing.
+inline Key lower_key(float value) {
+    Key bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return value != value ? INT_MIN : bits;
+}
+
+// A threshold >= 1 that at least k and at most k + slack keys reach; with more only if they are
+// equal; 1 where fewer than k are positive. By bisection: counting vectorises, partitioning no.
+Key threshold(const Key* keys, Size count, Size k, Size slack) {
+    Key smallest = INT_MAX, largest = INT_MIN;
+#pragma omp simd reduction(min : smallest) reduction(max : largest)
+    for (Size i = 0; i < count; ++i) {
+        smallest = std::min(smallest, keys[i]);
+        largest = std::max(largest, keys[i]);
+    }
+    int64_t low = std::max<int64_t>(smallest, 1), high = int64_t{largest} + 1;
+    while (high - low > 1) {
+        const Key middle = static_cast<Key>(low + (high - low) / 2);
+        int32_t reached = 0;
+#pragma omp simd reduction(+ : reached)
+        for (Size i = 0; i < count; ++i) reached += keys[i] >= middle;
+        if (reached < k) {
+            high = middle;
+        } else {
+            low = middle;
+            if (reached <= k + slack) break;
+        }
+    }
+    return static_cast<Key>(low);
+}
+
+// What one thread needs to search a row of d_sae latents.
+struct Search {
+    Size groups;
+    std::vector<Key> group_keys, group_lower_keys, upper_keys, keys, lower_keys;
+    std::vector<int32_t> latents;
+    std::vector<float> scores;
+
+    // Latent j belongs to group j % groups: a group's maximum is then a maximum of whole vectors.
+    Search(Size d_sae, Size k)
+        : groups(std::min(d_sae, std::max(kFewestGroups, 8 * k))), group_keys(groups),
+          group_lower_keys(groups), upper_keys(d_sae), keys(d_sae + 1), lower_keys(d_sae + 1),
+          latents(d_sae + 1), scores(d_sae + 1) {}
+};
+
+// The k best of `count` candidates, into a token's places; zeros fill what is left.
+void choose(std::vector<Key>& keys, const float* scores, const int32_t* latents, Size count,
+            Size k, float* values, int32_t* indices) {
+    for (Size c = 0; c < count; ++c) keys[c] = key(scores[c]);
+    const Key least = threshold(keys.data(), count, k, 0);
+    Size chosen = 0;
+    for (const bool tied : {false, true}) {
+        for (Size c = 0; c < count && chosen < k; ++c) {
+            if (tied ? keys[c] == least : keys[c] > least) {
+                values[chosen] = scores[c];
+                indices[chosen++] = latents[c];
+            }
+        }
+    }
+    std::fill(values + chosen, values + k, 0.0f);
+    std::fill(indices + chosen, indices + k, 0);
+}
+
+void select_row(Search& search, const float* pre_activations, Size d_sae, Size k, float* values,
+                int32_t* indices) {
+    const Size groups = search.groups;
+    Key* __restrict best = search.group_keys.data();
+    std::fill(best, best + groups, INT_MIN);
+    for (Size start = 0; start < d_sae; start += groups) {
+        const Size members = std::min(groups, d_sae - start);
+        for (Size g = 0; g < members; ++g)
+            best[g] = std::max(best[g], key(pre_activations[start + g]));
+    }
+    // At least k groups, hence k latents, reach this: no smaller latent is among the k largest.
+    const Key least = threshold(best, groups, k, k / 8);
+    Size count = 0;
+    for (Size g = 0; g < groups; ++g) {
+        if (best[g] < least) continue;
+        for (Size j = g; j < d_sae; j += groups) {
+            search.scores[count] = pre_activations[j];
+            search.latents[count] = static_cast<int32_t>(j);
+            count += key(pre_activations[j]) >= least;
+        }
+    }
+    choose(search.keys, search.scores.data(), search.latents.data(), count, k, values, indices);
+}
+
+// ---- bfloat16 ------------------------------------------------------------------------------
+
+// To the nearest bfloat16, ties to even; what rounds beyond the largest becomes infinite.
+inline uint16_t to_bfloat16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
+}
+
+inline float from_bfloat16(uint16_t value) {
+    const uint32_t bits = uint32_t{value} << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+// How far a latent's score on a token, as the bfloat16 product gives it, may lie from the true one.
+// Writing x', w' for the rounded vectors:
+//   |x'.w' - x.w| <= |x - x'| |w| + |x'| |w - w'|            (Cauchy-Schwarz),
+//   summing d_model products in float32 errs by at most summation |x'| |w'|,
+//   |w'| <= |w| + |w - w'|, and rounding the sum to bfloat16 errs by 1/255 of it.
+struct Bound {
+    float per_norm, per_error;
+
+    Bound(float norm, float error, Size d_model) {
+        const float rounded_norm = norm + error;
+        const float summation = 2.0f * static_cast<float>(d_model) * 0x1p-24f;
+        per_norm = kRoundedNorm * (error + summation * rounded_norm);
+        per_error = kRoundedNorm * (1 + summation) * rounded_norm;
+    }
+
+    // The widest error of `product` for a latent of this norm and rounding error; the last term is
+    // for the sum with the bias, and the constant for numbers too small to be normal.
+    float operator()(float product, float score, float norm, float error) const {
+        return per_norm * norm + per_error * error + std::fabs(product) * (1.0f / 254.0f) +
+               std::fabs(score) * 0x1p-21f + 1e-30f;
+    }
+};
+
+// One row of a bfloat16 product, with what its bounds need.
+struct Screened {
+    const uint16_t* products;
+    const float *biases, *norms, *errors;
+    Bound bound;
+
+    float score(Size j) const { return from_bfloat16(products[j]) + biases[j]; }
+    float error(Size j) const {
+        return bound(from_bfloat16(products[j]), score(j), norms[j], errors[j]);
+    }
+    // The largest score that latent j can have, and the least.
+    Key upper(Size j) const { return key(score(j) + error(j)); }
+    Key lower(Size j) const { return lower_key(score(j) - error(j)); }
+};
+
+// The latents that may be among the k largest, into search.latents; returns their number.
+Size screen_row(Search& search, const Screened screened, Size d_sae, Size k) {
+    const Size groups = search.groups;
+    Key* __restrict best = search.group_keys.data();
+    Key* __restrict best_lower = search.group_lower_keys.data();
+    Key* __restrict uppers = search.upper_keys.data();
+    std::fill(best, best + groups, INT_MIN);
+    std::fill(best_lower, best_lower + groups, INT_MIN);
+    for (Size start = 0; start < d_sae; start += groups) {
+        const Size members = std::min(groups, d_sae - start);
+#pragma omp simd
+        for (Size g = 0; g < members; ++g) {
+            const Key upper = screened.upper(start + g), lower = screened.lower(start + g);
+            uppers[start + g] = upper;
+            best[g] = best[g] > upper ? best[g] : upper;
+            best_lower[g] = best_lower[g] > lower ? best_lower[g] : lower;
+        }
+    }
+    // At least k latents surely reach `least`: one that cannot is not among the k largest.
+    Key least = threshold(best_lower, groups, k, k / 8);
+    Size count = 0;
+    for (Size g = 0; g < groups; ++g) {
+        if (best[g] < least) continue;
+        for (Size j = g; j < d_sae; j += groups) {
+            search.latents[count] = static_cast<int32_t>(j);
+            count += uppers[j] >= least;
+        }
+    }
+    for (Size c = 0; c < count; ++c) search.lower_keys[c] = screened.lower(search.latents[c]);
+    least = threshold(search.lower_keys.data(), count, k, 0);
+    Size candidates = 0;
+    for (Size c = 0; c < count; ++c) {
+        const int32_t latent = search.latents[c];
+        search.latents[candidates] = latent;
+        candidates += uppers[latent] >= least;
+    }
+    return candidates;
+}
+
+// The candidates of a block of tokens, scored latent by latent: each row of W_enc is then read once
+// for all tokens of the block, whose inputs stay in the cache.
+struct Candidates {
+    std::vector<int32_t> latents, tokens, order;
+    std::vector<Size> ends; // of each token's candidates
+    std::vector<float> scores;
+    std::vector<Size> offsets;
+
+    explicit Candidates(Size d_sae) : offsets(d_sae + 1) {}
+
+    void clear() {
+        latents.clear();
+        tokens.clear();
+        ends.clear();
+    }
+
+    void append(const int32_t* chosen, Size count) {
+        tokens.insert(tokens.end(), count, static_cast<int32_t>(ends.size()));
+        latents.insert(latents.end(), chosen, chosen + count);
+        ends.push_back(static_cast<Size>(latents.size()));
+    }
+
+    void score(const float* inputs, const float* W_enc, const float* b_enc, Size d_model) {
+        sort_by_latent();
+        scores.resize(latents.size());
+        std::vector<const float*> rows(ends.size());
+        std::vector<float> dots(ends.size());
+        for (Size j = 0; j + 1 < static_cast<Size>(offsets.size()); ++j) {
+            const Size begin = j == 0 ? 0 : offsets[j - 1], count = offsets[j] - begin;
+            for (Size e = 0; e < count; ++e)
+                rows[e] = row(inputs, tokens[order[begin + e]], d_model);
+            dot_rows(row(W_enc, j, d_model), rows.data(), dots.data(), count, d_model);
+            for (Size e = 0; e < count; ++e) scores[order[begin + e]] = dots[e] + b_enc[j];
+        }
+    }
+
+private:
+    // A counting sort; it leaves in offsets[j] where latent j ends.
+    void sort_by_latent() {
+        std::fill(offsets.begin(), offsets.end(), 0);
+        for (const int32_t latent : latents) ++offsets[latent + 1];
+        for (size_t j = 1; j < offsets.size(); ++j) offsets[j] += offsets[j - 1];
+        order.resize(latents.size());
+        for (size_t c = 0; c < latents.size(); ++c)
+            order[offsets[latents[c]]++] = static_cast<int32_t>(c);
+    }
+};
+
+// ---- transposing the pattern of active latents ----------------------------------------------
+
+struct Piece {
+    Size latent, begin, end;
+    Size part; // of a divided latent, counted over all of them; -1 for a whole one
+};
+
+} // namespace
+
+extern "C" {
+
+// Each row rounded to bfloat16, its norm, and the norm of what the rounding changed.
+void groupsae_round_rows(Size threads, const float* rows, Size count, Size width,
+                         uint16_t* rounded, float* norms, float* errors) {
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
+    for (Size r = 0; r < count; ++r) {
+        const float* source = row(rows, r, width);
+        uint16_t* __restrict target = rounded + r * width;
+        float squares = 0, error_squares = 0;
+#pragma omp simd reduction(+ : squares, error_squares)
+        for (Size m = 0; m < width; ++m) {
+            target[m] = to_bfloat16(source[m]);
+            const float error = source[m] - from_bfloat16(target[m]);
+            squares += source[m] * source[m];
+            error_squares += error * error;
+        }
+        norms[r] = std::sqrt(squares);
+        errors[r] = std::sqrt(error_squares);
+    }
+}
+
+// TopK(relu(pre_activations)) of each token: values and indices [token, k].
+void groupsae_select(Size threads, const float* pre_activations, Size tokens, Size d_sae, Size k,
+                     float* values, int32_t* indices) {
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+        Search search(d_sae, k);
+#pragma omp for schedule(static)
+        for (Size t = 0; t < tokens; ++t)
+            select_row(search, row(pre_activations, t, d_sae), d_sae, k, row(values, t, k),
+                       indices + t * k);
+    }
+}
+
+// The same from products [token, d_sae] in bfloat16, without the bias. Every latent that may be
+// among the k largest by its error bound is scored again in float32, so nothing is lost. Where more
+// than `most` latents may be, `unresolved` is set and the token is left to the caller.
+void groupsae_screen(Size threads, const uint16_t* products, Size tokens, Size d_sae, Size d_model,
+                     Size k, const float* inputs, const float* input_norms,
+                     const float* input_errors, const float* W_enc, const float* b_enc,
+                     const float* norms, const float* errors, Size most, float* values,
+                     int32_t* indices, uint8_t* unresolved) {
+    const Size share = (tokens + threads - 1) / threads;
+    const Size block = std::clamp(share, kFewestTokens, kMostTokens);
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+        Search search(d_sae, k);
+        Candidates candidates(d_sae);
+#pragma omp for schedule(dynamic, 1)
+        for (Size start = 0; start < tokens; start += block) {
+            const Size end = std::min(tokens, start + block);
+            candidates.clear();
+            for (Size t = start; t < end; ++t) {
+                const Bound bound(input_norms[t], input_errors[t], d_model);
+                const Screened screened{products + t * d_sae, b_enc, norms, errors, bound};
+                const Size count = screen_row(search, screened, d_sae, k);
+                unresolved[t] = count > most;
+                candidates.append(search.latents.data(), unresolved[t] ? 0 : count);
+            }
+            candidates.score(row(inputs, start, d_model), W_enc, b_enc, d_model);
+            Size first = 0;
+            for (Size t = start; t < end; ++t) {
+                const Size last = candidates.ends[t - start];
+                choose(search.keys, candidates.scores.data() + first,
+                       candidates.latents.data() + first, last - first, k, row(values, t, k),
+                       indices + t * k);
+                first = last;
+            }
+        }
+    }
+}
+
+// error = sum of the active decoder rows + bias - target, its squares' sum for each token, and
+// products[t, i] = error[t] . W_dec[indices[t, i]] (0 where the latent is not active). `bias` may
+// be null.
+void groupsae_decode(Size threads, const float* values, const int32_t* indices, const float* W_dec,
+                     const float* bias, const float* target, Size tokens, Size k, Size d_model,
+                     float* error, float* squares, float* products) {
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+        std::vector<const float*> rows(k);
+        std::vector<float> weights(k), dots(k);
+        std::vector<Size> places(k);
+#pragma omp for schedule(static)
+        for (Size t = 0; t < tokens; ++t) {
+            Size active = 0;
+            for (Size i = t * k; i < (t + 1) * k; ++i) {
+                products[i] = 0;
+                if (values[i] == 0) continue;
+                rows[active] = row(W_dec, indices[i], d_model);
+                weights[active] = values[i];
+                places[active++] = i;
+            }
+            float* __restrict token_error = row(error, t, d_model);
+            const float* token_target = row(target, t, d_model);
+            if (bias != nullptr)
+                for (Size m = 0; m < d_model; ++m) token_error[m] = bias[m] - token_target[m];
+            else
+                for (Size m = 0; m < d_model; ++m) token_error[m] = -token_target[m];
+            add_rows(token_error, rows.data(), weights.data(), active, d_model);
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (Size m = 0; m < d_model; ++m) sum += token_error[m] * token_error[m];
+            squares[t] = sum;
+            dot_rows(token_error, rows.data(), dots.data(), active, d_model);
+            for (Size a = 0; a < active; ++a) products[places[a]] = dots[a];
+        }
+    }
+}
+
+// The pattern of active latents by latent: entries offsets[j] to offsets[j + 1] of `order` are the
+// places in [token, k] where latent j is active, in the tokens' order. A counting sort; `offsets`
+// has d_sae + 1 places.
+void groupsae_transpose(Size threads, const float* values, const int32_t* indices, Size tokens,
+                        Size k, Size d_sae, Size* offsets, int32_t* order) {
+    const Size entries = tokens * k, block = (entries + threads - 1) / threads;
+    std::vector<int32_t> counts(static_cast<size_t>(threads * d_sae), 0);
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static, 1)
+    for (Size b = 0; b < threads; ++b) {
+        int32_t* block_counts = counts.data() + b * d_sae;
+        for (Size i = b * block; i < std::min(entries, (b + 1) * block); ++i)
+            block_counts[indices[i]] += values[i] != 0;
+    }
+    Size total = 0;
+    for (Size j = 0; j < d_sae; ++j) {
+        offsets[j] = total;
+        for (Size b = 0; b < threads; ++b) {
+            const int32_t count = counts[b * d_sae + j];
+            counts[b * d_sae + j] = static_cast<int32_t>(total);
+            total += count;
+        }
+    }
+    offsets[d_sae] = total;
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static, 1)
+    for (Size b = 0; b < threads; ++b) {
+        int32_t* next = counts.data() + b * d_sae;
+        for (Size i = b * block; i < std::min(entries, (b + 1) * block); ++i)
+            if (values[i] != 0) order[next[indices[i]]++] = static_cast<int32_t>(i);
+    }
+}
+
+// For each latent j the sum over its entries (t, i) of scale weights[t, i] rows[t], and of
+// scale weights[t, i] alone into `totals`, unless that is null. They go to place places[j], or j
+// where `places` is null, and are added to what is there if `add`. A latent active on very many
+// tokens is shared among threads; its parts are summed in their order.
+void groupsae_sum_rows(Size threads, const Size* offsets, const int32_t* order,
+                       const float* weights, const float* rows, const Size* places, float scale,
+                       Size add, Size k, Size d_sae, Size d_model, float* sums, float* totals) {
+    std::vector<Piece> pieces, divided; // of a divided latent begin and end count its parts
+    Size parts = 0;
+    for (Size j = 0; j < d_sae; ++j) {
+        const Size begin = offsets[j], end = offsets[j + 1];
+        if (end - begin <= kMostEntries) {
+            pieces.push_back({j, begin, end, -1});
+            continue;
+        }
+        const Size first = parts;
+        for (Size start = begin; start < end; start += kMostEntries)
+            pieces.push_back({j, start, std::min(end, start + kMostEntries), parts++});
+        divided.push_back({j, first, parts, -1});
+    }
+    std::vector<float> part_sums(static_cast<size_t>(parts * d_model)), part_totals(parts);
+
+    const auto start_sum = [&](Size place) {
+        if (add) return;
+        std::fill(row(sums, place, d_model), row(sums, place + 1, d_model), 0.0f);
+        if (totals != nullptr) totals[place] = 0;
+    };
+    const auto place_of = [&](Size j) { return places == nullptr ? j : places[j]; };
+
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+        const float* piece_rows[kMostEntries];
+        float piece_weights[kMostEntries];
+#pragma omp for schedule(dynamic, 8)
+        for (Size p = 0; p < static_cast<Size>(pieces.size()); ++p) {
+            const Piece piece = pieces[p];
+            const Size count = piece.end - piece.begin;
+            float total = 0;
+            for (Size e = 0; e < count; ++e) {
+                const Size entry = order[piece.begin + e];
+                piece_rows[e] = row(rows, entry / k, d_model);
+                piece_weights[e] = scale * weights[entry];
+                total += piece_weights[e];
+            }
+            if (piece.part < 0) {
+                const Size place = place_of(piece.latent);
+                start_sum(place);
+                add_rows(row(sums, place, d_model), piece_rows, piece_weights, count, d_model);
+                if (totals != nullptr) totals[place] += total;
+            } else {
+                add_rows(row(part_sums.data(), piece.part, d_model), piece_rows, piece_weights,
+                         count, d_model);
+                part_totals[piece.part] = total;
+            }
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (Size s = 0; s < static_cast<Size>(divided.size()); ++s) {
+            const Size place = place_of(divided[s].latent);
+            start_sum(place);
+            for (Size part = divided[s].begin; part < divided[s].end; ++part) {
+                const float* part_sum = row(part_sums.data(), part, d_model);
+                const float one = 1;
+                add_rows(row(sums, place, d_model), &part_sum, &one, 1, d_model);
+                if (totals != nullptr) totals[place] += part_totals[part];
+            }
+        }
+    }
+}
+
+} // extern "C"

@@ -1,0 +1,415 @@
+"""The training step on the CPU with its sparse parts compiled: `cpu.cpp`, built at first use.
+
+What it does beyond `sparse`, with the same result:
+
+- Top-k: a row's pre-activations are searched through the maxima of groups of latents.
+- Screening: where the CPU multiplies bfloat16 matrices in hardware, the encoder's product is made
+  in bfloat16 and only the latents that can be among the k largest, by a bound on the rounding error
+  of every single score, are scored again in float32. No latent that belongs to the top k is lost;
+  tokens that the bound leaves with too many candidates get the float32 product.
+- Decoder, residual and the activations' gradient in one pass over a token's k rows.
+- Weight gradients latent by latent over the transposed pattern, very frequent latents in parts.
+
+The source is C++ behind a C interface, called through ctypes: it needs a C++ compiler with OpenMP,
+and neither Python's headers, nor ninja, nor a package. numba would need none of the three but is a
+large dependency with narrow demands on Python's and numpy's versions. The library lies in the
+user's cache folder under a hash of source, compiler and CPU. Where it cannot be built the step is
+`sparse`'s, and one log line says why. Compiler: the environment's CXX, else `c++`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import BFloat16, Bool, Float, Float32, Int
+from torch import Tensor
+
+from groupsae.sae.autoencoder import SAE
+from groupsae.sae.kernels import sparse
+from groupsae.sae.kernels.reference import StepResult
+from groupsae.sae.sparsity import Latents
+
+_log = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+_FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    *("-fno-math-errno", "-fno-trapping-math"),
+)
+_BUILD_SECONDS = 300
+_CHUNK_BYTES = 8 * 2**20  # of pre-activations, as in `sparse`
+_MOST_ENTRIES = 2**31 - 1  # of [token, k]: the kernels count them in 32 bits
+
+
+def available() -> bool:
+    """Whether the compiled step can run here: builds it if it has not been built before."""
+    return _library() is not None
+
+
+@torch.no_grad()
+def step(
+    sae: SAE,
+    x: Float[Tensor, "token d_model"],
+    *,
+    dead: Bool[Tensor, " d_sae"] | None = None,
+    auxk_weight: float = 1 / 32,
+) -> StepResult:
+    """Loss and gradients of a TopK SAE on a mixed batch: see :func:`reference.step`.
+
+    Compiled for float32 on the CPU. Other dtypes and devices, and batches whose variance is no
+    positive number, go to :func:`sparse.step`. Equal bits for equal input and number of threads.
+    """
+    if not _fits(sae, x):
+        return sparse.step(sae, x, dead=dead, auxk_weight=auxk_weight)
+    variance = (x - x.mean(0)).square_().sum()
+    if not 0 < float(variance) < float("inf"):
+        return sparse.step(sae, x, dead=dead, auxk_weight=auxk_weight)
+    x, d_sae = x.contiguous(), sae.config.d_sae
+    inputs = x - sae.b_dec
+
+    latents = encode(inputs, sae.W_enc, sae.b_enc, sae.config.k)
+    decoded = _decode(latents, sae.W_dec, sae.b_dec, x)
+    pattern = _transpose(latents, d_sae)
+    scale = 2 / float(variance)
+    gradients = {
+        "W_enc": torch.empty_like(sae.W_enc),
+        "b_enc": torch.empty_like(sae.b_enc),
+        "W_dec": torch.empty_like(sae.W_dec),
+        "b_dec": decoded.error.sum(0) * scale,
+    }
+    _weight_gradients(latents, pattern, decoded, inputs, scale, gradients)
+    auxk = x.new_zeros(())
+    if dead is not None and bool(dead.any()):
+        loss = _add_auxk(sae, inputs, -decoded.error, dead, scale * auxk_weight, gradients)
+        auxk = loss / variance
+    gradients["b_dec"] -= gradients["b_enc"] @ sae.W_enc
+
+    fvu = decoded.squares.sum() / variance
+    return StepResult(
+        gradients=gradients,
+        loss=fvu + auxk_weight * auxk,
+        fvu=fvu,
+        auxk=auxk,
+        l0=latents.l0().mean(),
+        fired=pattern.offsets.diff() > 0,
+    )
+
+
+def encode(
+    inputs: Float32[Tensor, "token d_model"],
+    W_enc: Float32[Tensor, "latent d_model"],
+    b_enc: Float32[Tensor, " latent"],
+    k: int,
+) -> Latents:
+    """TopK(relu(W_enc inputs + b_enc)), a chunk of tokens at a time in one kept buffer."""
+    inputs, W_enc, b_enc = inputs.contiguous(), W_enc.contiguous(), b_enc.contiguous()
+    latents = Latents(
+        inputs.new_empty(len(inputs), k),
+        torch.empty(len(inputs), k, dtype=torch.int32),
+    )
+    if not _worth_screening(len(W_enc), k):
+        _encode_exactly(inputs, W_enc, b_enc, latents)
+        return latents
+    left = _encode_screened(inputs, W_enc, b_enc, latents)
+    if len(left):
+        chosen = Latents(latents.values[left], latents.indices[left])
+        _encode_exactly(inputs[left], W_enc, b_enc, chosen)
+        latents.values[left], latents.indices[left] = chosen.values, chosen.indices
+    return latents
+
+
+def _encode_exactly(
+    inputs: Float32[Tensor, "token d_model"],
+    W_enc: Float32[Tensor, "latent d_model"],
+    b_enc: Float32[Tensor, " latent"],
+    latents: Latents,
+) -> None:
+    """Fill `latents` through the float32 product."""
+    d_sae, k = len(W_enc), latents.values.shape[1]
+    rows = max(_CHUNK_BYTES // (4 * d_sae), 1)
+    buffer = inputs.new_empty(min(rows, len(inputs)), d_sae)
+    for start in range(0, len(inputs), rows):
+        chunk = slice(start, start + rows)
+        tokens = len(inputs[chunk])
+        torch.addmm(b_enc, inputs[chunk], W_enc.T, out=buffer[:tokens])
+        _call("select", buffer, tokens, d_sae, k, latents.values[chunk], latents.indices[chunk])
+
+
+def _encode_screened(
+    inputs: Float32[Tensor, "token d_model"],
+    W_enc: Float32[Tensor, "latent d_model"],
+    b_enc: Float32[Tensor, " latent"],
+    latents: Latents,
+) -> Int[Tensor, " left"]:
+    """Fill `latents` through the bfloat16 product; returns the tokens that are left to do."""
+    (d_sae, d_model), k = W_enc.shape, latents.values.shape[1]
+    most = max(d_sae // 16, 2 * k)  # candidates: more cost more than the float32 product
+    rows = max(2 * _CHUNK_BYTES // (2 * d_sae), 1)
+    buffer = torch.empty(min(rows, len(inputs)), d_sae, dtype=torch.bfloat16)
+    unresolved = torch.ones(len(inputs), dtype=torch.bool)
+    weights, rounded = _Rounded.of(W_enc), _Rounded.of(inputs)
+    for start in range(0, len(inputs), rows):
+        chunk = slice(start, start + rows)
+        tokens = len(inputs[chunk])
+        products = buffer[:tokens]
+        torch.mm(rounded.rows[chunk], weights.rows.T, out=products)
+        if start == 0 and not _keeps_its_bound(products[:8], rounded, weights):
+            break
+        # fmt: off
+        _call(
+            "screen", products, tokens, d_sae, d_model, k,
+            inputs[chunk], rounded.norms[chunk], rounded.errors[chunk],
+            W_enc, b_enc, weights.norms, weights.errors, most,
+            latents.values[chunk], latents.indices[chunk], unresolved[chunk],
+        )
+        # fmt: on
+        if int(unresolved[chunk].sum()) > tokens // 2:
+            break
+    return unresolved.nonzero().squeeze(1)
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    """Rows in bfloat16, with the norms of the rows and of what the rounding changed."""
+
+    rows: BFloat16[Tensor, "row d_model"]
+    norms: Float32[Tensor, " row"]
+    errors: Float32[Tensor, " row"]
+
+    @classmethod
+    def of(cls, rows: Float32[Tensor, "row d_model"]) -> _Rounded:
+        """Round `rows`, which must be contiguous."""
+        count, width = rows.shape
+        norms, errors = rows.new_empty(count), rows.new_empty(count)
+        rounded = torch.empty_like(rows, dtype=torch.bfloat16)
+        _call("round_rows", rows, count, width, rounded, norms, errors)
+        return cls(rounded, norms, errors)
+
+
+def _worth_screening(d_sae: int, k: int) -> bool:
+    """By the CPU and the sizes alone, so that a run repeats itself bit by bit.
+
+    With bfloat16 instructions its product is twice as fast as float32's, and more on AMX.
+    """
+    return 8 * k <= d_sae and torch.backends.mkldnn.is_available() and _has_bfloat16()
+
+
+@functools.cache
+def _has_bfloat16() -> bool:
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(_cpu_flags().split()))
+
+
+def _keeps_its_bound(
+    products: BFloat16[Tensor, "token latent"], rounded: _Rounded, weights: _Rounded
+) -> bool:
+    """Whether these products lie as near the exact ones as `screen` takes for granted.
+
+    A library that summed in bfloat16 would not. Compared in float64 on a sample of latents.
+    """
+    sample = slice(None, None, max(products.shape[1] // 64, 1))
+    exact = rounded.rows[: len(products)].double() @ weights.rows[sample].double().T
+    norms = rounded.rows[: len(products)].double().norm(dim=1)
+    summed = torch.outer(norms, weights.rows[sample].double().norm(dim=1))
+    tolerance = products[:, sample].double().abs() / 254 + 2**-23 * rounded.rows.shape[1] * summed
+    return bool(((products[:, sample].double() - exact).abs() <= tolerance).all())
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    error: Float32[Tensor, "token d_model"]  # reconstruction less target
+    squares: Float32[Tensor, " token"]  # the error's sum of squares
+    products: Float32[Tensor, "token k"]  # error . W_dec[latent] for each active latent
+
+
+def _decode(
+    latents: Latents,
+    W_dec: Float32[Tensor, "latent d_model"],
+    bias: Float32[Tensor, " d_model"] | None,
+    target: Float32[Tensor, "token d_model"],
+) -> _Decoded:
+    (tokens, k), d_model = latents.values.shape, W_dec.shape[1]
+    result = _Decoded(
+        torch.empty_like(target), target.new_empty(tokens), torch.empty_like(latents.values)
+    )
+    # fmt: off
+    _call(
+        "decode", latents.values, latents.indices, W_dec.contiguous(), bias, target,
+        tokens, k, d_model, result.error, result.squares, result.products,
+    )
+    # fmt: on
+    return result
+
+
+@dataclass(frozen=True)
+class _Pattern:
+    """Which entries of [token, k] are active, latent by latent."""
+
+    offsets: Int[Tensor, " boundary"]
+    order: Int[Tensor, " entry"]
+
+
+def _transpose(latents: Latents, d_sae: int) -> _Pattern:
+    tokens, k = latents.values.shape
+    pattern = _Pattern(
+        torch.empty(d_sae + 1, dtype=torch.long), torch.empty(tokens * k, dtype=torch.int32)
+    )
+    # fmt: off
+    _call(
+        "transpose", latents.values, latents.indices, tokens, k, d_sae,
+        pattern.offsets, pattern.order,
+    )
+    # fmt: on
+    return pattern
+
+
+def _weight_gradients(
+    latents: Latents,
+    pattern: _Pattern,
+    decoded: _Decoded,
+    inputs: Float32[Tensor, "token d_model"],
+    scale: float,
+    gradients: dict[str, Tensor],
+    add_to: Int[Tensor, " latent"] | None = None,
+) -> None:
+    """Write the latents' gradients, or add them to the rows `add_to`."""
+    d_sae, (k, d_model) = len(pattern.offsets) - 1, (latents.values.shape[1], inputs.shape[1])
+    for rows, weights, sums, totals in (
+        (inputs, decoded.products, gradients["W_enc"], gradients["b_enc"]),
+        (decoded.error, latents.values, gradients["W_dec"], None),
+    ):
+        # fmt: off
+        _call(
+            "sum_rows", pattern.offsets, pattern.order, weights, rows, add_to, scale,
+            int(add_to is not None), k, d_sae, d_model, sums, totals,
+        )
+        # fmt: on
+
+
+def _add_auxk(
+    sae: SAE,
+    inputs: Float32[Tensor, "token d_model"],
+    residual: Float32[Tensor, "token d_model"],
+    dead: Bool[Tensor, " d_sae"],
+    scale: float,
+    gradients: dict[str, Tensor],
+) -> Float32[Tensor, ""]:
+    """Add the auxiliary loss's gradients, times `scale` / 2; returns the loss before the variance.
+
+    Touches dead latents only.
+    """
+    which = dead.nonzero().squeeze(1)
+    wanted = max(sae.config.d_model // 2, 1)
+    share = min(len(which) / wanted, 1.0)
+    latents = encode(inputs, sae.W_enc[which], sae.b_enc[which], min(wanted, len(which)))
+    decoded = _decode(latents, sae.W_dec[which], None, residual)
+    pattern = _transpose(latents, len(which))
+    _weight_gradients(latents, pattern, decoded, inputs, share * scale, gradients, which)
+    return share * decoded.squares.sum()
+
+
+def _fits(sae: SAE, x: Tensor) -> bool:
+    tensors = (x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+    return (
+        all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
+        and 0 < len(x) * max(sae.config.k, sae.config.d_model) <= _MOST_ENTRIES
+        and available()
+    )
+
+
+def _call(name: str, *arguments: Tensor | int | float | None) -> None:
+    """Call a function of `cpu.cpp`, whose first argument is the number of threads."""
+    library = _library()
+    assert library is not None
+    function = getattr(library, f"groupsae_{name}")
+    function(*map(_as_c, (torch.get_num_threads(), *arguments)))
+
+
+def _as_c(
+    argument: Tensor | int | float | None,
+) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
+    if isinstance(argument, int):
+        return ctypes.c_int64(argument)
+    if isinstance(argument, float):
+        return ctypes.c_float(argument)
+    if argument is None:
+        return ctypes.c_void_p()
+    assert argument.is_contiguous()
+    return ctypes.c_void_p(argument.data_ptr())
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled kernels, built where they are not in the cache; None where they cannot be."""
+    try:
+        return ctypes.CDLL(str(_built()))
+    except (OSError, _CannotBuildError) as error:
+        _log.info("compiled CPU kernels are not used, plain PyTorch is: %s", error)
+        return None
+
+
+class _CannotBuildError(Exception):
+    pass
+
+
+def _built() -> Path:
+    """The library for this source, compiler and CPU, in the cache; built if it is not there."""
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    described = (_SOURCE.read_text(), *_FLAGS, *compiler, platform.machine(), _cpu_flags())
+    name = hashlib.sha256("\0".join(described).encode()).hexdigest()[:32]
+    library = _cache_folder() / f"kernels-{name}.so"
+    if not library.exists():
+        _build(compiler, library)
+    return library
+
+
+def _build(compiler: list[str], library: Path) -> None:
+    """Compile aside and rename, so that of two processes building at once none sees a half."""
+    if shutil.which(compiler[0]) is None:
+        raise _CannotBuildError(f"no C++ compiler {compiler[0]!r} on the PATH (or set CXX)")
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        draft = Path(folder) / library.name
+        command = [*compiler, *_FLAGS, str(_SOURCE), "-o", str(draft)]
+        try:
+            subprocess.run(
+                command, check=True, capture_output=True, text=True, timeout=_BUILD_SECONDS
+            )
+        except subprocess.CalledProcessError as error:
+            reason = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
+            raise _CannotBuildError(f"{shlex.join(command)} failed: {reason}") from error
+        except subprocess.TimeoutExpired as error:
+            raise _CannotBuildError(f"{compiler[0]} took longer than {_BUILD_SECONDS} s") from error
+        draft.replace(library)
+
+
+def _cache_folder() -> Path:
+    """A folder that nobody but this user can write: what lies in it is loaded as code."""
+    if os.name != "posix":
+        raise _CannotBuildError(f"they are built on Linux and macOS only, not on {os.name}")
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(root).expanduser() / "groupsae"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise _CannotBuildError(f"others than you can write to {folder}; chmod 700 it")
+    return folder
+
+
+@functools.cache
+def _cpu_flags() -> str:
+    """The CPU's instruction sets, where the system names them."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = (line for line in lines if line.startswith(("flags", "Features")))
+    return next(named, platform.processor()).partition(":")[2]

@@ -1,0 +1,379 @@
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from groupsae.sae import SAE, SAEConfig
+from groupsae.sae.kernels import cpu, reference, sparse
+from groupsae.sae.sparsity import Latents
+
+NEEDS_COMPILER = pytest.mark.skipif(
+    shutil.which("c++") is None, reason="no C++ compiler `c++` on the PATH"
+)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """The kernels, built into a folder of the tests' own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        cpu._library.cache_clear()
+        if not cpu.available():
+            pytest.skip("the kernels cannot be compiled here: no C++ compiler with OpenMP")
+        yield
+        cpu._library.cache_clear()
+
+
+@pytest.fixture(params=["screened", "exact product"])
+def product(request, library, monkeypatch):
+    """Each way of making the encoder's product, whatever this CPU would choose."""
+    screened = request.param == "screened"
+    monkeypatch.setattr(cpu, "_worth_screening", lambda d_sae, k: screened)
+
+
+@pytest.fixture
+def unbuilt(monkeypatch, tmp_path):
+    """As on a machine where nothing has been built yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    cpu._library.cache_clear()
+    yield tmp_path / "groupsae"
+    cpu._library.cache_clear()
+
+
+def make_sae(d_model=24, d_sae=200, k=8, seed=0) -> SAE:
+    generator = torch.Generator().manual_seed(seed)
+    sae = SAE(SAEConfig(d_model=d_model, d_sae=d_sae, k=k, layers=(0,)), generator=generator)
+    with torch.no_grad():
+        sae.W_enc.normal_(generator=generator)
+        sae.b_enc.normal_(std=0.1, generator=generator)
+        sae.b_dec.normal_(std=0.1, generator=generator)
+    return sae
+
+
+def make_batch(tokens=48, d_model=24, seed=1) -> Tensor:
+    return torch.randn(tokens, d_model, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same(sae, x, dead=None, rtol=2e-4, atol=1e-5, auxk_weight=0.5) -> None:
+    """Loss and gradients are those of dense autograd in float64, as near as float32 can be."""
+    result = cpu.step(sae, x, dead=dead, auxk_weight=auxk_weight)
+    expected = reference.step(sae.double(), x.double(), dead=dead, auxk_weight=auxk_weight)
+    sae.float()
+    for name in ("loss", "fvu", "auxk", "l0"):
+        got = getattr(result, name)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), getattr(expected, name), rtol=rtol, atol=atol)
+    assert torch.equal(result.fired, expected.fired)
+    assert result.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        difference = (result.gradients[name].double() - gradient).norm()
+        assert difference <= rtol * gradient.norm() + atol, f"{name}: {difference}"
+
+
+def assert_top_k(latents: Latents, inputs: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> None:
+    """The chosen are among the k largest, whatever ties there are, and their values are right."""
+    exact = torch.relu(inputs.double() @ W_enc.double().T + b_enc.double())
+    scale = inputs.double().norm(dim=1, keepdim=True) * W_enc.double().norm(dim=1).max() + 1e-30
+    active = latents.values > 0
+    chosen = exact.gather(1, latents.indices.long())
+    assert ((latents.values.double() - chosen).abs() <= 1e-6 * scale)[active].all()
+    expected = exact.topk(k, dim=1).values
+    got = latents.values.double().sort(dim=1, descending=True).values
+    assert ((got - expected).abs() <= 1e-6 * scale).all()
+    for indices, is_active in zip(latents.indices, active, strict=True):
+        assert len(indices[is_active].unique()) == int(is_active.sum())
+
+
+# ---- loss and gradients -------------------------------------------------------------------------
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,  # a near tie that float32 rounds the other way would be found one day
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    tokens=st.integers(2, 60),
+    d_model=st.integers(1, 40),
+    d_sae=st.integers(1, 70),
+    k=st.integers(1, 70),
+    dead=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
+def test_same_as_dense_autograd(product, tokens, d_model, d_sae, k, dead, seed):
+    sae = make_sae(d_model, d_sae, min(k, d_sae), seed)
+    mask = torch.rand(d_sae, generator=torch.Generator().manual_seed(seed)) < dead
+    assert_same(sae, make_batch(tokens, d_model, seed), mask)
+
+
+@pytest.mark.parametrize("dead", [0, 1, 40, 600, 3000])
+def test_same_as_dense_autograd_at_a_real_shape(product, dead):
+    sae = make_sae(64, 3000, 16)
+    mask = torch.zeros(3000, dtype=torch.bool)
+    mask[torch.randperm(3000, generator=torch.Generator().manual_seed(3))[:dead]] = True
+    assert_same(sae, make_batch(300, 64), mask)
+
+
+@pytest.mark.parametrize("k", [1, 2, 199, 200])
+def test_smallest_and_largest_k(product, k):
+    assert_same(make_sae(k=k), make_batch())
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_smallest_batches(product, tokens):
+    sae, x = make_sae(), make_batch(tokens)
+    if tokens > 1:
+        assert_same(sae, x)
+    else:  # one token has no variance
+        result, expected = cpu.step(sae, x), sparse.step(sae, x)
+        torch.testing.assert_close(result.loss, expected.loss, equal_nan=True)
+
+
+def test_no_token(product):
+    sae, x = make_sae(), torch.empty(0, 24)
+    assert cpu.step(sae, x).gradients["W_enc"].shape == sae.W_enc.shape
+
+
+def test_one_latent_takes_every_token(product):
+    sae, x = make_sae(k=2), make_batch(3000)
+    with torch.no_grad():
+        sae.b_enc[7] = 1e2
+        sae.b_enc[9] = 5e1
+    result = cpu.step(sae, x)
+    assert result.fired[7]
+    assert_same(sae, x)
+
+
+def test_a_very_frequent_latent_among_rare_ones(product):
+    sae, x = make_sae(k=8), make_batch(2500)
+    with torch.no_grad():
+        sae.b_enc[100:103] = 3e1
+    assert_same(sae, x, torch.arange(200) % 3 == 0)
+
+
+def test_no_latent_active(product):
+    sae = make_sae()
+    with torch.no_grad():
+        sae.b_enc.fill_(-1e4)
+    assert_same(sae, make_batch())
+
+
+def test_all_latents_active(product):
+    sae = make_sae(k=200)
+    with torch.no_grad():
+        sae.b_enc.fill_(1e2)
+    assert_same(sae, make_batch())
+
+
+def test_tokens_at_the_decoder_bias_and_equal_tokens(product):
+    sae, x = make_sae(), make_batch()
+    with torch.no_grad():
+        x[:5] = sae.b_dec
+        x[20:30] = x[20]
+    assert_same(sae, x)
+
+
+def test_ties_give_the_loss_of_any_choice(product):
+    sae, x = make_sae(), make_batch()
+    with torch.no_grad():
+        for parameter in (sae.W_enc, sae.b_enc, sae.W_dec):
+            parameter[1::2] = parameter[::2]
+    result, expected = cpu.step(sae, x), sparse.step(sae, x)
+    torch.testing.assert_close(result.loss, expected.loss)
+    torch.testing.assert_close(result.gradients["b_dec"], expected.gradients["b_dec"])
+
+
+def test_input_that_is_not_contiguous(product):
+    x = make_batch()
+    for view in (x.T.contiguous().T, x.repeat(1, 2)[:, :24], x.repeat_interleave(2, 0)[::2]):
+        assert not view.is_contiguous()
+        for name, gradient in cpu.step(make_sae(), x).gradients.items():
+            torch.testing.assert_close(cpu.step(make_sae(), view).gradients[name], gradient)
+
+
+@pytest.mark.parametrize("broken", ["x", "W_enc", "b_enc", "W_dec", "b_dec"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_a_number_reaches_the_loss(product, broken, value):
+    sae, x = make_sae(), make_batch()
+    with torch.no_grad():
+        (x if broken == "x" else sae.get_parameter(broken)).view(-1)[3] = value
+        sae.W_dec[:, 0] += 1  # the changed latent is chosen where it can be
+    result, expected = cpu.step(sae, x), sparse.step(sae, x)
+    assert torch.isfinite(result.loss) == torch.isfinite(expected.loss)
+
+
+def test_other_dtypes_take_the_plain_path(library):
+    sae, x = make_sae().double(), make_batch().double()
+    result, expected = cpu.step(sae, x), reference.step(sae, x)
+    for name, gradient in expected.gradients.items():
+        torch.testing.assert_close(result.gradients[name], gradient)
+
+
+def test_equal_bits_every_time(product):
+    sae, x = make_sae(64, 3000, 16), make_batch(700, 64)
+    with torch.no_grad():
+        sae.b_enc[5] = 1e2
+    dead = torch.arange(3000) < 300
+    first = cpu.step(sae, x, dead=dead)
+    for _ in range(3):
+        again = cpu.step(sae, x, dead=dead)
+        assert torch.equal(first.loss, again.loss)
+        assert all(
+            torch.equal(first.gradients[name], again.gradients[name]) for name in again.gradients
+        )
+
+
+def test_any_number_of_threads_gives_the_same_within_rounding(product):
+    sae, x, threads = make_sae(64, 1000, 16), make_batch(700, 64), torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            assert_same(sae, x)
+    finally:
+        torch.set_num_threads(threads)
+
+
+# ---- top k --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 7, 64])
+@pytest.mark.parametrize("d_sae", [64, 511, 513, 2100])
+def test_top_k(product, d_sae, k):
+    sae, x = make_sae(48, d_sae), make_batch(70, 48)
+    assert_top_k(cpu.encode(x, sae.W_enc, sae.b_enc, k), x, sae.W_enc, sae.b_enc, k)
+
+
+def test_top_k_of_whole_numbers_full_of_ties(product):
+    generator = torch.Generator().manual_seed(0)
+    W_enc = torch.randint(-1, 2, (900, 16), generator=generator).float()
+    x = torch.randint(-2, 3, (50, 16), generator=generator).float()
+    assert_top_k(cpu.encode(x, W_enc, torch.zeros(900), 20), x, W_enc, torch.zeros(900), 20)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-5, 1e-3, 1e-2, 0.1])
+def test_top_k_of_latents_that_bfloat16_cannot_tell_apart(product, spread):
+    noise = make_sae(48, 1200).W_enc.detach()
+    W_enc = torch.randn(1, 48, generator=torch.Generator().manual_seed(5)) + spread * noise
+    x = make_batch(70, 48).abs()
+    assert_top_k(cpu.encode(x, W_enc, torch.zeros(1200), 16), x, W_enc, torch.zeros(1200), 16)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-18, 1e12])
+def test_top_k_of_very_small_and_large_numbers(product, factor):
+    W_enc, x = make_sae(48, 1200).W_enc.detach(), make_batch(30, 48) * factor
+    b_enc = torch.zeros(1200)
+    assert_top_k(cpu.encode(x, W_enc, b_enc, 16), x, W_enc, b_enc, 16)
+
+
+def test_top_k_with_norms_and_biases_of_all_sizes(product):
+    sae, x = make_sae(48, 1200), make_batch(60, 48)
+    with torch.no_grad():
+        sae.W_enc *= torch.logspace(-4, 3, 1200).unsqueeze(1)
+        sae.b_enc *= torch.logspace(3, -4, 1200)
+    assert_top_k(cpu.encode(x, sae.W_enc, sae.b_enc, 16), x, sae.W_enc, sae.b_enc, 16)
+
+
+def test_many_chunks_are_the_same_as_one(product, monkeypatch):
+    sae, x = make_sae(), make_batch()
+    whole = cpu.step(sae, x)
+    monkeypatch.setattr(cpu, "_CHUNK_BYTES", 200 * 4 * 5)
+    for name, gradient in cpu.step(sae, x).gradients.items():
+        torch.testing.assert_close(gradient, whole.gradients[name])
+
+
+def left_by_screening(x: Tensor, W_enc: Tensor, k: int) -> int:
+    latents = Latents(x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int32))
+    return len(cpu._encode_screened(x, W_enc, torch.zeros(len(W_enc)), latents))
+
+
+def test_screening_resolves_ordinary_tokens_and_leaves_hopeless_ones(library):
+    W_enc, x = make_sae(48, 2000).W_enc.detach(), make_batch(300, 48)
+    assert left_by_screening(x, W_enc, 16) == 0
+    assert left_by_screening(x, W_enc[:1] + 1e-4 * W_enc, 16) == 300
+    x[10] = 0  # every latent ties
+    assert left_by_screening(x, W_enc, 16) in (0, 1)
+
+
+def test_a_product_that_breaks_its_bound_is_not_used(library):
+    W_enc, x = make_sae(48, 2000).W_enc.detach(), make_batch(8, 48)
+    rounded, weights = cpu._Rounded.of(x), cpu._Rounded.of(W_enc)
+    products = rounded.rows @ weights.rows.T
+    assert cpu._keeps_its_bound(products, rounded, weights)
+    assert not cpu._keeps_its_bound(products * 1.02, rounded, weights)
+
+
+def test_rounding_to_bfloat16_is_that_of_torch(library):
+    rows = torch.cat([torch.randn(64, 33), torch.randn(64, 33) * 1e-39, torch.randn(64, 33) * 1e38])
+    rounded = cpu._Rounded.of(rows)
+    assert torch.equal(rounded.rows, rows.bfloat16())
+    ordinary = slice(0, 64)
+    errors = (rows - rows.bfloat16().float())[ordinary].norm(dim=1)
+    torch.testing.assert_close(rounded.errors[ordinary], errors)
+    torch.testing.assert_close(rounded.norms[ordinary], rows[ordinary].norm(dim=1))
+
+
+# ---- the build ----------------------------------------------------------------------------------
+
+
+def assert_falls_back(caplog, *words: str) -> None:
+    """Unavailable, one log line that says why, and the step is the plain one."""
+    sae, x = make_sae(), make_batch()
+    with caplog.at_level(logging.INFO, logger="groupsae"):
+        assert not cpu.available()
+        result = cpu.step(sae, x)
+    assert len(caplog.records) == 1
+    assert all(word in caplog.text for word in words), caplog.text
+    for name, gradient in sparse.step(sae, x).gradients.items():
+        assert torch.equal(result.gradients[name], gradient)
+
+
+def test_without_a_compiler(unbuilt, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert_falls_back(caplog, "no C++ compiler 'c++'", "CXX")
+
+
+def test_with_a_compiler_that_fails(unbuilt, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", f"{sys.executable} -c 'raise SystemExit(\"no such option\")'")
+    assert_falls_back(caplog, "failed: no such option")
+    assert list(unbuilt.iterdir()) == []
+
+
+def test_a_cache_folder_that_others_can_write_is_not_trusted(unbuilt, caplog):
+    unbuilt.mkdir()
+    unbuilt.chmod(0o777)
+    assert_falls_back(caplog, "others than you can write", "chmod 700")
+
+
+def test_a_cache_folder_that_cannot_be_made(unbuilt, monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert_falls_back(caplog, "file")
+
+
+@NEEDS_COMPILER
+def test_what_is_built_needs_no_compiler_any_more(unbuilt, monkeypatch, tmp_path):
+    assert cpu.available()
+    cpu._library.cache_clear()
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert cpu.available()
+
+
+@NEEDS_COMPILER
+def test_two_processes_may_build_at_once(unbuilt):
+    code = "from groupsae.sae.kernels import cpu; raise SystemExit(not cpu.available())"
+    environment = {**os.environ, "PYTHONPATH": str(Path(cpu.__file__).parents[3])}
+    builds = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
+    assert [build.wait(timeout=120) for build in builds] == [0, 0]
+    assert [path.suffix for path in unbuilt.iterdir()] == [".so"]
