@@ -164,7 +164,7 @@ def test_names_are_no_markup(groupsae, tiny_config, tmp_path):
     code, _, err = groupsae("evaluate", *tiny_config, "--out", directory)
     assert code == 2
     assert "[red]x [bold] holds no training.json" in err
-    code, out, _ = groupsae("plan", "host.name=[red]x", "host.n_layers=4", "host.d_model=64")
+    code, out, _ = groupsae("plan", "host.name='[red]x'", "host.n_layers=4", "host.d_model=64")
     assert code == 0
     assert out.startswith("[red]x: 4 layers")
 

@@ -93,14 +93,14 @@ def groups(
         typer.Option(
             "--distances",
             help="Group this matrix (.json, .npy or .csv; lower-triangular is fine) instead of a "
-            "run's own. Needs no model.",
+            "run's own; kept in a run directory where one is named. Needs no model.",
         ),
     ] = None,
 ) -> None:
     """Put contiguous similar layers into groups."""
     if distances_file is not None:
         config, directory = _config(inputs)
-        _show_groups(_group_file(config, distances_file, out_directory or directory))
+        _show_groups(_group_file(config, distances_file, out_directory or directory, redo))
     else:
         _show_groups(_open(inputs, out_directory, redo).groups())
 
@@ -202,11 +202,15 @@ def _open(inputs: list[str] | None, out_directory: Path | None, redo: bool) -> R
     return Run(directory or out_directory or Path("runs") / host, config, redo=redo)
 
 
-def _group_file(config: Config, path: Path, directory: Path | None) -> PartitionTable:
+def _group_file(config: Config, path: Path, directory: Path | None, redo: bool) -> PartitionTable:
     from groupsae.grouping.matrix import load_distances
 
     distances = load_distances(path)
-    return Run(directory, config).adopt(distances) if directory else grouped(distances, config)
+    return (
+        Run(directory, config, redo=redo).adopt(distances)
+        if directory
+        else grouped(distances, config)
+    )
 
 
 def _show_groups(result: PartitionTable) -> None:
@@ -228,12 +232,14 @@ def _show_groups(result: PartitionTable) -> None:
 def _show_evaluation(rows: list[dict[str, Any]]) -> None:
     """Group and baseline side by side, layer by layer, with their means."""
     columns = {"CELS": "ce_loss_score", "R²": "r2", "L2": "l2", "L0": "l0"}
-    partitions = [name for name in ("groups", "baseline") if name in {r["partition"] for r in rows}]
-    table = Table(title="Held-out text, groups and baseline, at equal training tokens")
+    labels = {"groups": "group", "baseline": "layer"}  # one SAE per ...
+    partitions = [name for name in labels if name in {row["partition"] for row in rows}]
+    title = "Held-out text: one SAE per " + " and per ".join(labels[name] for name in partitions)
+    table = Table(title=title)
     table.add_column("layer", justify="right")
     for column in columns:
         for partition in partitions:
-            table.add_column(f"{column}\n{partition[:5]}", justify="right")
+            table.add_column(f"{column}\n{labels[partition]}", justify="right")
     found = {(row["layer"], row["partition"]): row for row in rows}
     layers = sorted({row["layer"] for row in rows})
     wanted = [(key, partition) for key in columns.values() for partition in partitions]
@@ -266,8 +272,8 @@ def _show_plan(config: Config) -> None:
         soft_wrap=True,
         markup=False,
     )
-    table = Table(title=f"Predicted cost, C(G) = A + T G; baseline: G = {layers}")
-    for column in ("G", "PFLOP", "saved against the baseline"):
+    table = Table(title="Predicted cost, C(G) = A + T G")
+    for column in ("G", "PFLOP", f"saved against one SAE for each of {layers} layers"):
         table.add_column(column, justify="right")
     for G in range(1, layers + 1):
         pflop = cost.flops_per_token(G) * tokens / 1e15

@@ -8,7 +8,7 @@ import logging
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -137,8 +137,9 @@ class RunDirectory:
     def _refuse_other_config(self, stored: Config) -> None:
         """Refuse to go on where a stage was finished, or training begun, under another config."""
         begun = {stage: entry["key"] for stage, entry in self._done().items()}
-        for state in (self.path / "checkpoints").glob("step-*/state.json"):
-            begun.setdefault("train", read_json(state).get("config"))
+        for path in (self.path / "checkpoints").glob("step-*/state.json"):
+            with suppress(InputError):  # a damaged checkpoint is passed over when training goes on
+                begun.setdefault("train", read_json(path, "config")["config"])
         for stage in STAGES:
             if stage in begun and begun[stage] != self.key(stage):
                 differences = "; ".join(_differences(stored, self.config))

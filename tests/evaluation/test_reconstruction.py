@@ -171,3 +171,14 @@ def test_contexts_without_a_prediction_to_judge_are_refused(host, corpus):
     everything = range(96)
     with pytest.raises(InputError, match=r"tokens\.context_length=16"):
         evaluate(host, corpus, Subject("groups", make_sae((1,))), special=everything)
+
+
+def test_a_nan_that_only_held_out_text_brings_out_is_refused(host, corpus, monkeypatch):
+    logits = type(host).logits
+
+    def spoiled(self, input_ids):
+        return logits(self, input_ids).masked_fill((input_ids == 50).unsqueeze(-1), torch.nan)
+
+    monkeypatch.setattr(type(host), "logits", spoiled)
+    with pytest.raises(InputError, match="NaN or infinite cross-entropies on held-out text"):
+        evaluate(host, corpus, Subject("groups", make_sae((0,))))

@@ -118,6 +118,11 @@ def evaluate_reconstruction(
             f"tokens.context_length={stream.context_length}: of {counted + excluded:,} held-out "
             "tokens none but special ones has a next token to predict; make contexts longer"
         )
+    if not math.isfinite(clean.value):
+        raise InputError(
+            f"{host.name} gives NaN or infinite cross-entropies on held-out text; try "
+            "host.dtype=float32, and check the model's weights"
+        )
     groups_total = {
         partition: sum(subject.partition == partition for subject in subjects)
         for partition in ("groups", "baseline")

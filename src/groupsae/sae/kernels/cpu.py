@@ -107,6 +107,7 @@ def step(
     )
 
 
+@torch.no_grad()
 def encode(
     inputs: Float32[Tensor, "token d_model"],
     W_enc: Float32[Tensor, "latent d_model"],
@@ -203,7 +204,8 @@ def _worth_screening(d_sae: int, k: int) -> bool:
 
     With bfloat16 instructions its product is twice as fast as float32's, and more on AMX.
     """
-    return 8 * k <= d_sae and torch.backends.mkldnn.is_available() and _has_bfloat16()
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return 8 * k <= d_sae and has_onednn and _has_bfloat16()
 
 
 @functools.cache

@@ -8,17 +8,14 @@ Latents, loss and gradients are those of `reference` in float32. One step goes
    latents from the same pre-activations;
 2. reconstruction, residual and the activations' gradients, one program a token;
 3. the pattern of active latents transposed by one stable sort, and the rows of the gradients of
-   W_enc, b_enc and W_dec summed by latent. A latent's tokens are cut into pieces of at most _PIECE,
-   one program each, so a latent that is active on every token keeps no one waiting.
+   W_enc, b_enc and W_dec summed by latent. A latent's tokens are cut into pieces, one program
+   each, so a latent that is active on every token keeps no one waiting.
 
 Every sum has a fixed order and no float is added atomically: the same input gives the same bits.
 Nothing is read back by the host, so a step can be captured in a CUDA graph.
 """
 
-# Kernels are written in Triton's language, which looks like Python but has none of its types, and
-# Triton may be absent.
-# mypy: disable-error-code="import-not-found, import-untyped, no-untyped-def, untyped-decorator"
-# mypy: disable-error-code="no-untyped-call, no-any-return, misc"
+# mypy: disable-error-code="import-not-found, import-untyped"
 
 from __future__ import annotations
 
@@ -40,7 +37,8 @@ except ImportError:
     triton = tl = None
 
 _CHUNK_BYTES = 32 * 2**20  # of pre-activations: what the second-level cache (50 MiB) still holds
-_PIECE = 128  # tokens of one latent that one program sums
+_PIECE = 128  # tokens of one latent that one program sums, or more:
+_EXTRA_PIECES = 2**13  # at most so many pieces beyond the first of each latent, for their memory
 
 
 def available() -> bool:
@@ -63,20 +61,22 @@ def step(
 ) -> StepResult:
     """Loss and gradients of a TopK SAE on a mixed batch: see :func:`reference.step`.
 
-    A batch of half precision is read as float32. `dead` costs a second choice and a second sort
-    even where no latent is dead, since the host does not look: leave it out where none can be.
+    A batch of half precision is read as float32.
 
     Args:
-        product_dtype: In what the encoder's product is taken, always with float32 sums. bfloat16
-            is faster, and not exact: operands are rounded, so pre-activations have relative errors
-            of some 2^-8 and other latents may be chosen. All else stays float32.
+        dead: Costs a second choice and a second sort even where no latent is dead, since the host
+            does not look: leave it out where none can be.
+        product_dtype: In what the encoder's product takes its operands; sums are float32. float32
+            is as exact as `torch.set_float32_matmul_precision` leaves it, fully by default.
+            bfloat16 runs on the tensor cores and rounds: pre-activations are off by some 2^-8 of
+            their size, so other latents may be chosen. All else stays float32.
 
     Raises:
         InputError: If Triton or a CUDA device is missing, the weights are not float32, the batch
             is empty or lies elsewhere, or `product_dtype` is none of the two.
     """
     x = _checked(sae, x, product_dtype)
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         return _step(sae, x, dead, auxk_weight, product_dtype)
 
 
@@ -114,7 +114,7 @@ def _step(
         loss=fvu + auxk_weight * auxk,
         fvu=fvu,
         auxk=auxk,
-        l0=active.counts.sum() / x.new_tensor(len(x)),
+        l0=active.counts.sum() / len(x),
         fired=by_latent.offsets.diff() > 0,
     )
 
@@ -157,19 +157,21 @@ class _ByLatent:
     offsets: Int[Tensor, " boundary"]  # where each latent's slots begin in that order
     first_piece: Int[Tensor, " boundary"]  # each latent's first, then their number
     owner: Int[Tensor, " piece"]  # each piece's latent; d_sae beyond the last piece
+    piece_length: int  # in slots
 
     @classmethod
     def of(cls, active: _Active, d_sae: int) -> _ByLatent:
         flat = active.indices.flatten()
+        length = max(_PIECE, triton.next_power_of_2(len(flat) // _EXTRA_PIECES))
         latents, order = flat.sort(stable=True)
         offsets = torch.searchsorted(
             latents, torch.arange(d_sae + 1, dtype=flat.dtype, device=flat.device)
         )
-        pieces = ((offsets.diff() + (_PIECE - 1)) // _PIECE).clamp(min=1)
+        pieces = ((offsets.diff() + (length - 1)) // length).clamp(min=1)
         first_piece = torch.nn.functional.pad(pieces.cumsum(0), (1, 0))
-        table = torch.arange(d_sae + len(flat) // _PIECE, device=flat.device)
+        table = torch.arange(d_sae + len(flat) // length, device=flat.device)
         owner = torch.searchsorted(first_piece[1:], table, right=True)
-        return cls(order, offsets, first_piece, owner)
+        return cls(order, offsets, first_piece, owner, length)
 
 
 def _encode(
@@ -193,7 +195,7 @@ def _encode(
         _multiply(operands[chunk], weights, sae.b_enc, pre_activations)
         _select(pre_activations, None, active, start)
         if dead is not None and active_dead is not None:
-            _select(pre_activations, dead.view(torch.uint8), active_dead, start)
+            _select(pre_activations, dead.contiguous().view(torch.uint8), active_dead, start)
     return active, active_dead
 
 
@@ -292,8 +294,8 @@ def _sum_rows(
         reconstruction.active.values, reconstruction.activation_gradient,
         by_latent.order, by_latent.offsets, by_latent.first_piece, by_latent.owner,
         gradients["W_enc"], gradients["b_enc"], gradients["W_dec"], W_enc, b_enc, W_dec,
-        d_model, d_sae, reconstruction.active.values.shape[1],
-        PIECE=_PIECE, BLOCK=block, ROWS=8, ADD=add, num_warps=4,
+        d_model, d_sae, reconstruction.active.values.shape[1], by_latent.piece_length,
+        BLOCK=block, ROWS=8, ADD=add, num_warps=4,
     )  # fmt: skip
     _add_extra_kernel[(d_sae, blocks)](
         by_latent.first_piece,
@@ -529,7 +531,7 @@ def _reconstruct_kernel(
 def _sum_pieces_kernel(
     inputs, residual, scale, values, activation_gradient, order, offsets, first_piece, owner,
     W_enc, b_enc, W_dec, W_enc_extra, b_enc_extra, W_dec_extra, d_model, d_sae, k,
-    PIECE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
+    piece_length, BLOCK: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """The sums of one piece of one latent, for BLOCK columns."""
     piece = tl.program_id(0)
@@ -537,8 +539,11 @@ def _sum_pieces_kernel(
     if latent >= d_sae:
         return
     nth = piece - tl.load(first_piece + latent)
-    begin = tl.load(offsets + latent) + nth * PIECE
-    end = tl.minimum(begin + PIECE, tl.load(offsets + latent + 1))
+    begin = tl.load(offsets + latent) + nth * piece_length
+    end = tl.minimum(begin + piece_length, tl.load(offsets + latent + 1))
+    if ADD:  # noqa: SIM102 - settled when compiling, unlike the condition within
+        if begin >= end:
+            return
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < d_model
 
