@@ -10,7 +10,7 @@ from torch import Tensor
 
 from groupsae.config import TrainingConfig
 from groupsae.sae import SAE
-from groupsae.sae.kernels import StepResult, step
+from groupsae.sae.kernels import StepResult, choose
 
 _ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
 
@@ -26,6 +26,7 @@ class Learner:
     def __init__(self, sae: SAE, config: TrainingConfig) -> None:
         self.sae, self.config = sae, config
         self.learning_rate = config.rate(sae.config.d_sae)
+        self._step = choose(config.kernel, sae.W_enc.device)
         self._parameters = dict(sae.named_parameters())
         self._adam = torch.optim.Adam(
             self._parameters.values(),
@@ -44,7 +45,7 @@ class Learner:
     def step(self, x: Float[Tensor, "token d_model"]) -> StepResult:
         """Move the weights by one mixed batch of normalised activations."""
         can_be_dead = self.tokens >= self.config.dead_after_tokens and self.config.auxk_weight
-        result = step(
+        result = self._step(
             self.sae,
             x,
             dead=self._dead() if can_be_dead else None,

@@ -1,6 +1,76 @@
-"""The training step's loss and gradients: `reference` is the truth, `sparse` is what is used."""
+"""The training step's loss and gradients, and the choice among the ways to compute them.
 
+| kernel | what it is |
+| --- | --- |
+| reference | dense autograd: the truth that the others are tested against |
+| torch | works on active latents only, in plain PyTorch, on any device (`sparse`) |
+| cpu | the same with its sparse parts in C++, built at first use |
+| triton | the same for CUDA |
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from groupsae.errors import InputError
+from groupsae.sae.autoencoder import SAE
+from groupsae.sae.kernels import reference, sparse
 from groupsae.sae.kernels.reference import StepResult
-from groupsae.sae.kernels.sparse import step
 
-__all__ = ["StepResult", "step"]
+__all__ = ["Step", "StepResult", "choose"]
+
+
+@runtime_checkable
+class Step(Protocol):
+    """Loss and gradients of an SAE on one mixed batch: see :func:`reference.step`."""
+
+    def __call__(
+        self,
+        sae: SAE,
+        x: Float[Tensor, "token d_model"],
+        *,
+        dead: Bool[Tensor, " d_sae"] | None = None,
+        auxk_weight: float = 1 / 32,
+    ) -> StepResult:
+        """Compute them."""
+        ...
+
+
+def choose(name: str, device: torch.device) -> Step:
+    """The step of that name for SAEs on `device`.
+
+    Args:
+        name: One of the kernels above, or "auto": the compiled one where it can run, else torch.
+            Triton's has not been run on a GPU yet and is taken only by its name.
+
+    Raises:
+        InputError: A kernel was asked for by name that cannot run here.
+    """
+    if name == "reference":
+        return reference.step
+    if name == "torch":
+        return sparse.step
+    if name == "triton":
+        from groupsae.sae.kernels import triton
+
+        if device.type != "cuda" or not triton.available():
+            raise InputError(
+                f"training.kernel=triton needs an NVIDIA GPU and the package triton, and the SAEs "
+                f"are on {device}; set training.kernel=torch"
+            )
+        return triton.step
+    if device.type == "cpu":
+        from groupsae.sae.kernels import cpu
+
+        if cpu.available():
+            return cpu.step
+    if name == "cpu":
+        raise InputError(
+            f"training.kernel=cpu needs a C++ compiler with OpenMP and SAEs on the CPU (they are "
+            f"on {device}); install one, name it in CXX, or set training.kernel=torch"
+        )
+    return sparse.step

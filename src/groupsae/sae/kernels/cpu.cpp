@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 namespace {
@@ -19,11 +20,21 @@ using Key = int32_t;
 
 constexpr Size kRowsAtOnce = 4;        // rows that share one pass over an accumulator
 constexpr Size kLine = 16;             // floats in a cache line
-constexpr Size kMostEntries = 512;     // of a latent in one piece of work
+constexpr Size kStrip = 32;            // columns that are summed at once
 constexpr Size kFewestTokens = 32;     // of a block that is scored at once
-constexpr Size kMostTokens = 256;
+constexpr Size kMostTokens = 512;
 constexpr Size kFewestGroups = 512;    // of latents, where a row is searched
 constexpr float kRoundedNorm = 1.001f; // covers the rounding of a norm that is summed in float32
+
+// Several floats that are computed with at once; compilers make of it what the CPU has.
+constexpr Size kLanes = 16;
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+
+inline Lanes lanes(const float* values) {
+    Lanes result;
+    std::memcpy(&result, values, sizeof result);
+    return result;
+}
 
 float* row(float* matrix, Size index, Size width) { return matrix + index * width; }
 const float* row(const float* matrix, Size index, Size width) { return matrix + index * width; }
@@ -333,10 +344,38 @@ private:
 
 // ---- transposing the pattern of active latents ----------------------------------------------
 
-struct Piece {
-    Size latent, begin, end;
-    Size part; // of a divided latent, counted over all of them; -1 for a whole one
-};
+// Latents in ranges of about equally many entries: where range `range` of `ranges` begins.
+Size first_latent(const Size* offsets, Size d_sae, Size range, Size ranges) {
+    if (range == 0) return 0;
+    if (range == ranges) return d_sae;
+    const Size entry = offsets[d_sae] * range / ranges;
+    return std::lower_bound(offsets, offsets + d_sae, entry) - offsets;
+}
+
+// sum = sum of weights[e] rows[tokens[e]], rows of kStrip columns. Two sums, of even and of odd
+// entries: the terms of one would wait for one another.
+void sum_strip(const float* rows, const int32_t* tokens, const float* weights, Size count,
+               float* sum) {
+    static_assert(kStrip == 2 * kLanes);
+    Lanes even[2] = {}, odd[2] = {};
+    Size e = 0;
+    for (; e + 2 <= count; e += 2) {
+        const float *a = row(rows, tokens[e], kStrip), *b = row(rows, tokens[e + 1], kStrip);
+        even[0] += weights[e] * lanes(a);
+        even[1] += weights[e] * lanes(a + kLanes);
+        odd[0] += weights[e + 1] * lanes(b);
+        odd[1] += weights[e + 1] * lanes(b + kLanes);
+    }
+    if (e < count) {
+        const float* a = row(rows, tokens[e], kStrip);
+        even[0] += weights[e] * lanes(a);
+        even[1] += weights[e] * lanes(a + kLanes);
+    }
+    for (Size half = 0; half < 2; ++half) {
+        const Lanes total = even[half] + odd[half];
+        std::memcpy(sum + half * kLanes, &total, sizeof total);
+    }
+}
 
 } // namespace
 
@@ -484,68 +523,57 @@ void groupsae_transpose(Size threads, const float* values, const int32_t* indice
 
 // For each latent j the sum over its entries (t, i) of scale weights[t, i] rows[t], and of
 // scale weights[t, i] alone into `totals`, unless that is null. They go to place places[j], or j
-// where `places` is null, and are added to what is there if `add`. A latent active on very many
-// tokens is shared among threads; its parts are summed in their order.
+// where `places` is null, and are added to what is there if `add`.
+//
+// The columns are done a strip at a time: a strip of all rows stays in a core's cache, a strip of
+// a sum in registers. Strips are equal work, however unequally often latents are active.
 void groupsae_sum_rows(Size threads, const Size* offsets, const int32_t* order,
                        const float* weights, const float* rows, const Size* places, float scale,
-                       Size add, Size k, Size d_sae, Size d_model, float* sums, float* totals) {
-    std::vector<Piece> pieces, divided; // of a divided latent begin and end count its parts
-    Size parts = 0;
-    for (Size j = 0; j < d_sae; ++j) {
-        const Size begin = offsets[j], end = offsets[j + 1];
-        if (end - begin <= kMostEntries) {
-            pieces.push_back({j, begin, end, -1});
-            continue;
-        }
-        const Size first = parts;
-        for (Size start = begin; start < end; start += kMostEntries)
-            pieces.push_back({j, start, std::min(end, start + kMostEntries), parts++});
-        divided.push_back({j, first, parts, -1});
-    }
-    std::vector<float> part_sums(static_cast<size_t>(parts * d_model)), part_totals(parts);
-
-    const auto start_sum = [&](Size place) {
-        if (add) return;
-        std::fill(row(sums, place, d_model), row(sums, place + 1, d_model), 0.0f);
-        if (totals != nullptr) totals[place] = 0;
-    };
-    const auto place_of = [&](Size j) { return places == nullptr ? j : places[j]; };
+                       Size add, Size tokens, Size k, Size d_sae, Size d_model, float* sums,
+                       float* totals) {
+    const Size entries = offsets[d_sae], strips = (d_model + kStrip - 1) / kStrip;
+    const std::unique_ptr<float[]> stripped(new float[strips * tokens * kStrip]);
+    const std::unique_ptr<int32_t[]> entry_tokens(new int32_t[entries]);
+    const std::unique_ptr<float[]> entry_weights(new float[entries]);
+    const Size ranges = (8 * threads + strips - 1) / strips; // of latents: work for all threads
 
 #pragma omp parallel num_threads(static_cast<int>(threads))
     {
-        const float* piece_rows[kMostEntries];
-        float piece_weights[kMostEntries];
-#pragma omp for schedule(dynamic, 8)
-        for (Size p = 0; p < static_cast<Size>(pieces.size()); ++p) {
-            const Piece piece = pieces[p];
-            const Size count = piece.end - piece.begin;
-            float total = 0;
-            for (Size e = 0; e < count; ++e) {
-                const Size entry = order[piece.begin + e];
-                piece_rows[e] = row(rows, entry / k, d_model);
-                piece_weights[e] = scale * weights[entry];
-                total += piece_weights[e];
-            }
-            if (piece.part < 0) {
-                const Size place = place_of(piece.latent);
-                start_sum(place);
-                add_rows(row(sums, place, d_model), piece_rows, piece_weights, count, d_model);
-                if (totals != nullptr) totals[place] += total;
-            } else {
-                add_rows(row(part_sums.data(), piece.part, d_model), piece_rows, piece_weights,
-                         count, d_model);
-                part_totals[piece.part] = total;
+#pragma omp for schedule(static) nowait
+        for (Size t = 0; t < tokens; ++t) {
+            for (Size strip = 0; strip < strips; ++strip) {
+                const Size start = strip * kStrip, width = std::min(kStrip, d_model - start);
+                float* target = row(stripped.get(), strip * tokens + t, kStrip);
+                std::copy_n(row(rows, t, d_model) + start, width, target);
+                std::fill(target + width, target + kStrip, 0.0f);
             }
         }
+#pragma omp for schedule(static)
+        for (Size e = 0; e < entries; ++e) {
+            entry_tokens[e] = static_cast<int32_t>(order[e] / k);
+            entry_weights[e] = scale * weights[order[e]];
+        }
 #pragma omp for schedule(dynamic, 1)
-        for (Size s = 0; s < static_cast<Size>(divided.size()); ++s) {
-            const Size place = place_of(divided[s].latent);
-            start_sum(place);
-            for (Size part = divided[s].begin; part < divided[s].end; ++part) {
-                const float* part_sum = row(part_sums.data(), part, d_model);
-                const float one = 1;
-                add_rows(row(sums, place, d_model), &part_sum, &one, 1, d_model);
-                if (totals != nullptr) totals[place] += part_totals[part];
+        for (Size task = 0; task < strips * ranges; ++task) {
+            const Size strip = task / ranges, range = task % ranges;
+            const float* strip_rows = row(stripped.get(), strip * tokens, kStrip);
+            const Size start = strip * kStrip, width = std::min(kStrip, d_model - start);
+            for (Size j = first_latent(offsets, d_sae, range, ranges);
+                 j < first_latent(offsets, d_sae, range + 1, ranges); ++j) {
+                const Size begin = offsets[j], count = offsets[j + 1] - begin;
+                const Size place = places == nullptr ? j : places[j];
+                float sum[kStrip];
+                sum_strip(strip_rows, entry_tokens.get() + begin, entry_weights.get() + begin,
+                          count, sum);
+                float* target = row(sums, place, d_model) + start;
+                if (add)
+                    for (Size m = 0; m < width; ++m) target[m] += sum[m];
+                else
+                    std::copy_n(sum, width, target);
+                if (strip > 0 || totals == nullptr) continue;
+                float total = 0;
+                for (Size e = begin; e < begin + count; ++e) total += entry_weights[e];
+                totals[place] = total + (add ? totals[place] : 0);
             }
         }
     }

@@ -286,7 +286,7 @@ def _weight_gradients(
     add_to: Int[Tensor, " latent"] | None = None,
 ) -> None:
     """Write the latents' gradients, or add them to the rows `add_to`."""
-    d_sae, (k, d_model) = len(pattern.offsets) - 1, (latents.values.shape[1], inputs.shape[1])
+    (tokens, k), (d_sae, d_model) = latents.values.shape, (len(pattern.offsets) - 1, inputs.shape[1])
     for rows, weights, sums, totals in (
         (inputs, decoded.products, gradients["W_enc"], gradients["b_enc"]),
         (decoded.error, latents.values, gradients["W_dec"], None),
@@ -294,7 +294,7 @@ def _weight_gradients(
         # fmt: off
         _call(
             "sum_rows", pattern.offsets, pattern.order, weights, rows, add_to, scale,
-            int(add_to is not None), k, d_sae, d_model, sums, totals,
+            int(add_to is not None), tokens, k, d_sae, d_model, sums, totals,
         )
         # fmt: on
 
