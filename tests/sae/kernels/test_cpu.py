@@ -16,6 +16,7 @@ from torch import Tensor
 from groupsae.sae import SAE, SAEConfig
 from groupsae.sae.kernels import cpu, reference, sparse
 from groupsae.sae.sparsity import Latents
+from groupsae.training.learner import normalize_decoder, remove_parallel_component
 
 NEEDS_COMPILER = pytest.mark.skipif(
     shutil.which("c++") is None, reason="no C++ compiler `c++` on the PATH"
@@ -269,7 +270,7 @@ def test_top_k_of_latents_that_bfloat16_cannot_tell_apart(product, spread):
     assert_top_k(cpu.encode(x, W_enc, torch.zeros(1200), 16), x, W_enc, torch.zeros(1200), 16)
 
 
-@pytest.mark.parametrize("factor", [1e-30, 1e-18, 1e12])
+@pytest.mark.parametrize("factor", [1e-30, 1e-22, 1e-18, 1e-10, 1e12])
 def test_top_k_of_very_small_and_large_numbers(product, factor):
     W_enc, x = make_sae(48, 1200).W_enc.detach(), make_batch(30, 48) * factor
     b_enc = torch.zeros(1200)
@@ -322,6 +323,71 @@ def test_rounding_to_bfloat16_is_that_of_torch(library):
     errors = (rows - rows.bfloat16().float())[ordinary].norm(dim=1)
     torch.testing.assert_close(rounded.errors[ordinary], errors)
     torch.testing.assert_close(rounded.norms[ordinary], rows[ordinary].norm(dim=1))
+
+
+# ---- the update ---------------------------------------------------------------------------------
+
+
+def adam_of(sae: SAE) -> torch.optim.Adam:
+    return torch.optim.Adam(sae.parameters(), lr=3e-3, betas=(0.8, 0.95), eps=1e-7, fused=True)
+
+
+def plain_update(sae: SAE, gradients, adam, gradient_clip) -> Tensor:
+    """What training does without a kernel."""
+    for name, parameter in sae.named_parameters():
+        parameter.grad = gradients[name].clone()
+    norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), gradient_clip)
+    remove_parallel_component(sae)
+    adam.step()
+    normalize_decoder(sae)
+    return norm
+
+
+@pytest.mark.parametrize("gradient_clip", [0.05, 1e6])
+def test_update_is_clip_projection_adam_and_renormalisation(library, gradient_clip):
+    sae, exact = make_sae(33), make_sae(33).double()
+    adam, exact_adam = adam_of(sae), adam_of(exact)
+    for seed in range(5):
+        gradients = cpu.step(sae, make_batch(d_model=33, seed=seed)).gradients
+        kept = {name: gradient.clone() for name, gradient in gradients.items()}
+        norm = cpu.update(sae, gradients, adam, gradient_clip=gradient_clip)
+        doubles = {name: gradient.double() for name, gradient in gradients.items()}
+        expected = plain_update(exact, doubles, exact_adam, gradient_clip)
+        torch.testing.assert_close(norm.double(), expected, rtol=1e-5, atol=1e-7)
+        assert all(torch.equal(kept[name], gradient) for name, gradient in gradients.items())
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(200))
+    for (name, weights), other in zip(sae.named_parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(weights.double(), other, rtol=1e-5, atol=2e-6, msg=name)
+        for key, value in exact_adam.state[other].items():
+            got = adam.state[weights][key]
+            torch.testing.assert_close(got.double(), value.double(), rtol=1e-4, atol=1e-7)
+
+
+def test_an_adam_that_the_kernel_moved_goes_on_by_itself(library):
+    sae, twin = make_sae(), make_sae()
+    adam, twin_adam = adam_of(sae), adam_of(twin)
+    gradients = [sparse.step(sae, make_batch(seed=seed)).gradients for seed in range(2)]
+    for gradient in gradients:
+        plain_update(twin, gradient, twin_adam, 1.0)
+    cpu.update(sae, gradients[0], adam, gradient_clip=1.0)
+    plain_update(sae, gradients[1], adam, 1.0)
+    for got, expected in zip(sae.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_decoder_row_of_zeros_stays_finite(library):
+    sae = make_sae()
+    with torch.no_grad():
+        sae.W_dec[3] = 0
+    gradients = {name: torch.zeros_like(weights) for name, weights in sae.named_parameters()}
+    cpu.update(sae, gradients, adam_of(sae), gradient_clip=1.0)
+    assert torch.isfinite(sae.W_dec).all()
+
+
+def test_what_fits(library):
+    assert cpu.fits(make_sae())
+    assert not cpu.fits(make_sae().double())
+    assert not cpu.fits(make_sae().to("meta"))
 
 
 # ---- the build ----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
 // sums are added in a fixed order: the same input gives the same bits.
 
 #include <algorithm>
+#include <cfloat>
 #include <climits>
 #include <cmath>
 #include <cstdint>
@@ -21,9 +22,9 @@ using Key = int32_t;
 constexpr Size kRowsAtOnce = 4;        // rows that share one pass over an accumulator
 constexpr Size kLine = 16;             // floats in a cache line
 constexpr Size kStrip = 32;            // columns that are summed at once
-constexpr Size kFewestTokens = 32;     // of a block that is scored at once
-constexpr Size kMostTokens = 512;
-constexpr Size kFewestGroups = 512;    // of latents, where a row is searched
+constexpr Size kFewestTokens = 32;     // in a block whose candidates are scored at once
+constexpr Size kMostTokens = 512;      // more would not stay in the cache
+constexpr Size kFewestGroups = 512;    // of latents, by whose maxima a row is searched
 constexpr float kRoundedNorm = 1.001f; // covers the rounding of a norm that is summed in float32
 
 // Several floats that are computed with at once; compilers make of it what the CPU has.
@@ -41,10 +42,12 @@ const float* row(const float* matrix, Size index, Size width) { return matrix + 
 
 // ---- sums over rows ------------------------------------------------------------------------
 
-// Rows lie anywhere in memory: fetch those of the next pass while this one is computed.
+// Rows lie anywhere in memory: fetch the beginnings of the next pass's while this one is computed;
+// the CPU fetches on from there by itself.
 void prefetch(const float* const* rows, Size from, Size count, Size width) {
     for (Size i = from; i < std::min(count, from + kRowsAtOnce); ++i)
-        for (Size m = 0; m < std::min<Size>(width,64); m += kLine) __builtin_prefetch(rows[i] + m);
+        for (Size m = 0; m < std::min(width, 4 * kLine); m += kLine)
+            __builtin_prefetch(rows[i] + m);
 }
 
 // accumulator += sum of weights[i] rows[i]
@@ -342,7 +345,7 @@ private:
     }
 };
 
-// ---- transposing the pattern of active latents ----------------------------------------------
+// ---- sums over the transposed pattern --------------------------------------------------------
 
 // Latents in ranges of about equally many entries: where range `range` of `ranges` begins.
 Size first_latent(const Size* offsets, Size d_sae, Size range, Size ranges) {
@@ -381,7 +384,8 @@ void sum_strip(const float* rows, const int32_t* tokens, const float* weights, S
 
 extern "C" {
 
-// Each row rounded to bfloat16, its norm, and the norm of what the rounding changed.
+// Each row rounded to bfloat16, its norm, and the norm of what the rounding changed; neither norm
+// too small, whatever squares are too small for a float.
 void groupsae_round_rows(Size threads, const float* rows, Size count, Size width,
                          uint16_t* rounded, float* norms, float* errors) {
 #pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
@@ -396,8 +400,9 @@ void groupsae_round_rows(Size threads, const float* rows, Size count, Size width
             squares += source[m] * source[m];
             error_squares += error * error;
         }
-        norms[r] = std::sqrt(squares);
-        errors[r] = std::sqrt(error_squares);
+        const float lost = static_cast<float>(width) * FLT_MIN;
+        norms[r] = std::sqrt(squares + lost);
+        errors[r] = std::sqrt(error_squares + lost);
     }
 }
 
@@ -576,6 +581,35 @@ void groupsae_sum_rows(Size threads, const Size* offsets, const int32_t* order,
                 totals[place] = total + (add ? totals[place] : 0);
             }
         }
+    }
+}
+
+// One step of Adam on each row of `weights`: m and v are the running means of the gradient and of its
+// square; `rate` is the learning rate over m's bias correction, `unbias` the root of v's inverse
+// one. The gradient is first multiplied by `factor`. With `on_sphere` rows have unit norm: the
+// gradient's component along the row is left out, and the row is brought back to unit norm.
+void groupsae_adam(Size threads, const float* gradients, Size count, Size width, float factor,
+                   float beta1, float beta2, float rate, float unbias, float epsilon,
+                   Size on_sphere, float* weights, float* means, float* squares) {
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
+    for (Size r = 0; r < count; ++r) {
+        const float* g = row(gradients, r, width);
+        float* __restrict w = row(weights, r, width);
+        float* __restrict m = row(means, r, width);
+        float* __restrict v = row(squares, r, width);
+        const float along = on_sphere ? dot(g, w, width) : 0;
+        float norm = 0;
+#pragma omp simd reduction(+ : norm)
+        for (Size i = 0; i < width; ++i) {
+            const float gradient = factor * (g[i] - along * w[i]);
+            m[i] = beta1 * m[i] + (1 - beta1) * gradient;
+            v[i] = beta2 * v[i] + (1 - beta2) * gradient * gradient;
+            w[i] -= rate * m[i] / (std::sqrt(v[i]) * unbias + epsilon);
+            norm += w[i] * w[i];
+        }
+        if (!on_sphere) continue;
+        const float length = std::max(std::sqrt(norm), FLT_MIN);
+        for (Size i = 0; i < width; ++i) w[i] /= length;
     }
 }
 
