@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from groupsae.config import TrainingConfig
 from groupsae.sae import SAE, SAEConfig
 from groupsae.sae.kernels import reference
-from groupsae.training.learner import Learner, normalize_decoder, remove_parallel_component
+from groupsae.sae.kernels.update import normalize_decoder, remove_parallel_component
+from groupsae.training.learner import Learner
 
 
 def make_sae(d_model=8, d_sae=32, k=4, seed=0) -> SAE:
@@ -60,17 +61,22 @@ def recipe(sae: SAE, xs, config: TrainingConfig) -> SAE:
     return sae
 
 
+@pytest.mark.parametrize("kernel", ["reference", "torch", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
     "changes", [{}, {"gradient_clip": 0.05}, {"dead_after_tokens": 64, "auxk_weight": 1.0}]
 )
-def test_steps_follow_the_published_recipe(changes):
-    config, sae, xs = make_config(**changes), make_sae(), batches(10)
-    expected = recipe(sae, xs, config)
-    learner = Learner(sae.double(), config)
+def test_steps_follow_the_published_recipe(changes, dtype, kernel):
+    config, sae, xs = make_config(kernel=kernel, **changes), make_sae(), batches(10)
+    expected = dict(recipe(sae, xs, config).named_parameters())
+    learner = Learner(sae.to(dtype), config)
     for x in xs:
-        learner.step(x.double())
+        learner.step(x.to(dtype))
+    tolerance = (
+        {"rtol": 1e-7, "atol": 1e-7} if dtype == torch.float64 else {"rtol": 0, "atol": 1e-4}
+    )
     for name, parameter in sae.named_parameters():
-        torch.testing.assert_close(parameter, dict(expected.named_parameters())[name])
+        torch.testing.assert_close(parameter.double(), expected[name], **tolerance)
 
 
 def test_decoder_rows_keep_unit_norm():

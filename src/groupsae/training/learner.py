@@ -26,7 +26,7 @@ class Learner:
     def __init__(self, sae: SAE, config: TrainingConfig) -> None:
         self.sae, self.config = sae, config
         self.learning_rate = config.rate(sae.config.d_sae)
-        self._step = choose(config.kernel, sae.W_enc.device)
+        self._kernel = choose(config.kernel, sae.W_enc.device)
         self._parameters = dict(sae.named_parameters())
         self._adam = torch.optim.Adam(
             self._parameters.values(),
@@ -45,20 +45,15 @@ class Learner:
     def step(self, x: Float[Tensor, "token d_model"]) -> StepResult:
         """Move the weights by one mixed batch of normalised activations."""
         can_be_dead = self.tokens >= self.config.dead_after_tokens and self.config.auxk_weight
-        result = self._step(
+        result = self._kernel.step(
             self.sae,
             x,
             dead=self._dead() if can_be_dead else None,
             auxk_weight=self.config.auxk_weight,
         )
-        for name, parameter in self._parameters.items():
-            parameter.grad = result.gradients[name]
-        gradient_norm = torch.nn.utils.clip_grad_norm_(
-            self._parameters.values(), self.config.gradient_clip
+        gradient_norm = self._kernel.update(
+            self.sae, result.gradients, self._adam, gradient_clip=self.config.gradient_clip
         )
-        remove_parallel_component(self.sae)
-        self._adam.step()
-        normalize_decoder(self.sae)
         self.tokens += len(x)
         self.silent_tokens += len(x)
         self.silent_tokens.masked_fill_(result.fired, 0)
@@ -118,21 +113,3 @@ class Learner:
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._steps_summed += 1
-
-
-@torch.no_grad()
-def remove_parallel_component(sae: SAE) -> None:
-    """Remove from the decoder's gradient what would only change its rows' norms.
-
-    Bricken et al. 2023, and Gao et al. 2024 (arXiv 2406.04093), appendix A.
-    """
-    if sae.W_dec.grad is not None:
-        along = torch.linalg.vecdot(sae.W_dec.grad, sae.W_dec).unsqueeze(1)
-        sae.W_dec.grad.addcmul_(sae.W_dec, along, value=-1)
-
-
-@torch.no_grad()
-def normalize_decoder(sae: SAE) -> None:
-    """Bring every decoder row back to unit norm."""
-    norms = torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True)
-    sae.W_dec.div_(norms.clamp_min_(torch.finfo(norms.dtype).tiny))

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from groupsae.sae import SAE, SAEConfig
 from groupsae.sae.kernels import cpu, reference, sparse
+from groupsae.sae.kernels.update import normalize_decoder, remove_parallel_component
 from groupsae.sae.sparsity import Latents
-from groupsae.training.learner import normalize_decoder, remove_parallel_component
 
 NEEDS_COMPILER = pytest.mark.skipif(
     shutil.which("c++") is None, reason="no C++ compiler `c++` on the PATH"

@@ -4,13 +4,13 @@
 | --- | --- |
 | reference | dense autograd: the truth that the others are tested against |
 | torch | works on active latents only, in plain PyTorch, on any device (`sparse`) |
-| cpu | the same with its sparse parts in C++, built at first use |
+| cpu | the same with its sparse parts and the update in C++, built at first use |
 | triton | the same for CUDA |
 """
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,8 +20,9 @@ from groupsae.errors import InputError
 from groupsae.sae.autoencoder import SAE
 from groupsae.sae.kernels import reference, sparse
 from groupsae.sae.kernels.reference import StepResult
+from groupsae.sae.kernels.update import update
 
-__all__ = ["Step", "StepResult", "choose"]
+__all__ = ["Kernel", "Step", "StepResult", "Update", "choose"]
 
 
 @runtime_checkable
@@ -40,8 +41,31 @@ class Step(Protocol):
         ...
 
 
-def choose(name: str, device: torch.device) -> Step:
-    """The step of that name for SAEs on `device`.
+@runtime_checkable
+class Update(Protocol):
+    """Move an SAE's weights by their gradients: see :func:`groupsae.sae.kernels.update.update`."""
+
+    def __call__(
+        self,
+        sae: SAE,
+        gradients: dict[str, Tensor],
+        adam: torch.optim.Adam,
+        *,
+        gradient_clip: float,
+    ) -> Float[Tensor, ""]:
+        """Move them; returns the gradients' norm."""
+        ...
+
+
+class Kernel(NamedTuple):
+    """One way to train on a batch: its gradients, and what they do to the weights."""
+
+    step: Step
+    update: Update
+
+
+def choose(name: str, device: torch.device) -> Kernel:
+    """The kernel of that name for SAEs on `device`.
 
     Args:
         name: One of the kernels above, or "auto": the compiled one where it can run, else torch.
@@ -51,9 +75,9 @@ def choose(name: str, device: torch.device) -> Step:
         InputError: A kernel was asked for by name that cannot run here.
     """
     if name == "reference":
-        return reference.step
+        return Kernel(reference.step, update)
     if name == "torch":
-        return sparse.step
+        return Kernel(sparse.step, update)
     if name == "triton":
         from groupsae.sae.kernels import triton
 
@@ -62,15 +86,15 @@ def choose(name: str, device: torch.device) -> Step:
                 f"training.kernel=triton needs an NVIDIA GPU and the package triton, and the SAEs "
                 f"are on {device}; set training.kernel=torch"
             )
-        return triton.step
+        return Kernel(triton.step, update)
     if device.type == "cpu":
         from groupsae.sae.kernels import cpu
 
         if cpu.available():
-            return cpu.step
+            return Kernel(cpu.step, cpu.update)
     if name == "cpu":
         raise InputError(
             f"training.kernel=cpu needs a C++ compiler with OpenMP and SAEs on the CPU (they are "
             f"on {device}); install one, name it in CXX, or set training.kernel=torch"
         )
-    return sparse.step
+    return Kernel(sparse.step, update)

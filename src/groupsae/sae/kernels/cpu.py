@@ -45,6 +45,7 @@ from torch import Tensor
 from groupsae.sae.autoencoder import SAE
 from groupsae.sae.kernels import sparse
 from groupsae.sae.kernels.reference import StepResult
+from groupsae.sae.kernels.update import update as plain_update
 from groupsae.sae.sparsity import Latents
 
 _log = logging.getLogger(__name__)
@@ -121,12 +122,15 @@ def update(
 
     The same as clipping the gradients' common norm to `gradient_clip`, removing the components
     along the decoder's rows, `adam.step()`, and bringing these rows back to unit norm. `gradients`
-    stay as they are; the state in `adam` is read and moved, so that it is saved as ever. For an SAE
-    that :func:`fits`, under an Adam without weight decay and AMSGrad, with one group of parameters.
+    stay as they are; the state in `adam` is read and moved, so that it is saved as ever. Adam must
+    be without weight decay and AMSGrad, with one group of parameters. An SAE that does not fit
+    (:func:`fits`) is moved by :func:`groupsae.sae.kernels.update.update`.
 
     Returns:
         The gradients' norm before it was clipped.
     """
+    if not fits(sae):
+        return plain_update(sae, gradients, adam, gradient_clip=gradient_clip)
     (group,) = adam.param_groups
     beta1, beta2 = group["betas"]
     norms = [torch.linalg.vector_norm(gradient) for gradient in gradients.values()]

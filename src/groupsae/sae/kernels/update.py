@@ -1,0 +1,52 @@
+"""How gradients move the weights, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from groupsae.sae.autoencoder import SAE
+
+
+@torch.no_grad()
+def update(
+    sae: SAE, gradients: dict[str, Tensor], adam: torch.optim.Adam, *, gradient_clip: float
+) -> Float[Tensor, ""]:
+    """Clip the gradients, remove what lies along decoder rows, step Adam, renormalise the rows.
+
+    The order is that of the published code of Group-SAE.
+
+    Args:
+        gradients: By parameter name.
+        adam: The optimiser of this SAE's parameters.
+        gradient_clip: Largest norm of all gradients together.
+
+    Returns:
+        The gradients' norm before it was clipped.
+    """
+    for name, parameter in sae.named_parameters():
+        parameter.grad = gradients[name]
+    norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), gradient_clip)
+    remove_parallel_component(sae)
+    adam.step()
+    normalize_decoder(sae)
+    return norm
+
+
+@torch.no_grad()
+def remove_parallel_component(sae: SAE) -> None:
+    """Remove from the decoder's gradient what would only change its rows' norms.
+
+    Bricken et al. 2023, and Gao et al. 2024 (arXiv 2406.04093), appendix A.
+    """
+    if sae.W_dec.grad is not None:
+        along = torch.linalg.vecdot(sae.W_dec.grad, sae.W_dec).unsqueeze(1)
+        sae.W_dec.grad.addcmul_(sae.W_dec, along, value=-1)
+
+
+@torch.no_grad()
+def normalize_decoder(sae: SAE) -> None:
+    """Bring every decoder row back to unit norm."""
+    norms = torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True)
+    sae.W_dec.div_(norms.clamp_min_(torch.finfo(norms.dtype).tiny))
