@@ -385,6 +385,23 @@ def test_damaged_artefacts_are_named(copy, name, content):
         Run(copy).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("training.json", "saes", 3),
+        ("training.json", "saes", [3]),
+        ("evaluation/reconstruction.json", "rows", 3),
+        ("evaluation/reconstruction.json", "rows", [3]),
+        ("evaluation/reconstruction.json", "rows", [{"layer": 0}]),
+    ],
+)
+def test_artefacts_of_another_form_are_named(copy, name, key, value):
+    content = json.loads((copy / name).read_text())
+    (copy / name).write_text(json.dumps(content | {key: value}))
+    with pytest.raises(InputError, match=rf"{Path(name).name} is damaged \('{key}': "):
+        Run(copy).all()
+
+
 @pytest.mark.parametrize("content", ["", "sae:\n  k: 4\n"])
 def test_a_config_that_no_run_wrote_is_neither_taken_nor_touched(copy, module_config, content):
     (copy / "config.yaml").write_text(content)

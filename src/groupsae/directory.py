@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from groupsae.config import Config
 from groupsae.errors import InputError
 from groupsae.files import write_text
@@ -139,7 +141,7 @@ class RunDirectory:
         begun = {stage: entry["key"] for stage, entry in self._done().items()}
         for path in (self.path / "checkpoints").glob("step-*/state.json"):
             with suppress(InputError):  # a damaged checkpoint is passed over when training goes on
-                begun.setdefault("train", read_json(path, "config")["config"])
+                begun.setdefault("train", read_json(path, config=str)["config"])
         for stage in STAGES:
             if stage in begun and begun[stage] != self.key(stage):
                 differences = "; ".join(_differences(stored, self.config))
@@ -179,8 +181,15 @@ def stored_config(directory: Path) -> Config | None:
     return None
 
 
-def read_json(path: Path, *keys: str) -> dict[str, Any]:
-    """The content of an artefact, an object that has at least these keys."""
+def read_json(path: Path, **kinds: Any) -> dict[str, Any]:
+    """The content of an artefact, an object.
+
+    Args:
+        kinds: Keys that it must have, and the type of each one's value.
+
+    Raises:
+        InputError: If it cannot be read or is not of that form.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -189,8 +198,13 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(content, dict):
         raise _damaged(path, f"it holds a {type(content).__name__}, not an object")
-    if missing := [key for key in keys if key not in content]:
-        raise _damaged(path, f"it has no '{missing[0]}'")
+    for key, kind in kinds.items():
+        if key not in content:
+            raise _damaged(path, f"it has no '{key}'")
+        try:
+            TypeAdapter(kind).validate_python(content[key], strict=True)
+        except ValidationError as error:
+            raise _damaged(path, f"'{key}': {error.errors()[0]['msg']}") from error
     return content
 
 

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
+
 from groupsae.config import Config
 from groupsae.directory import RunDirectory, read_json, write_json
 from groupsae.errors import InputError
@@ -23,6 +25,17 @@ if TYPE_CHECKING:
     from groupsae.sae import SAE
 
 _COUNTED_BEFOREHAND = 10_000_000  # tokens
+
+
+class _Row(TypedDict):
+    """What every row of `evaluation/reconstruction.json` has, among other things."""
+
+    partition: str
+    layer: int
+    ce_loss_score: float
+    r2: float
+    l2: float
+    l0: float
 
 
 class Run:
@@ -115,7 +128,9 @@ class Run:
             if todo:
                 from groupsae.evaluation.reconstruction import Subject, evaluate_reconstruction
 
-                training = read_json(self._stages.need("training.json", "train"), "tokens_per_sae")
+                training = read_json(
+                    self._stages.need("training.json", "train"), tokens_per_sae=int
+                )
                 result = evaluate_reconstruction(
                     self.host,
                     self.corpus.held_out(),
@@ -126,7 +141,7 @@ class Run:
                 )
                 result["equal"] = f"training tokens per SAE ({training['tokens_per_sae']:,})"
                 write_json(path, result)
-        rows: list[dict[str, Any]] = read_json(path, "rows")["rows"]
+        rows: list[dict[str, Any]] = read_json(path, rows=list[_Row])["rows"]
         return rows
 
     def report(self) -> Path:
@@ -190,7 +205,7 @@ class Run:
         """All trained SAEs by name: `layers-03-06` for groups, `baseline/layers-03` for layers."""
         from groupsae.sae import SAE
 
-        names = read_json(self._stages.need("training.json", "train"), "saes")["saes"]
+        names = read_json(self._stages.need("training.json", "train"), saes=list[str])["saes"]
         root = self.directory / "saes"
         return {name: SAE.load(root / name, self.host.device) for name in names}
 
