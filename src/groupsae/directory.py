@@ -80,8 +80,9 @@ class RunDirectory:
             yield False
             return
         before = STAGES[: STAGES.index(stage)]
-        done = {name: entry for name, entry in self._done().items() if name in before}
-        if done != self._done():  # this stage and what follows from it are about to change
+        found = self._done()
+        done = {name: entry for name, entry in found.items() if name in before}
+        if done != found:  # this stage and what follows from it are about to change
             write_json(self.path / "stages.json", done)
         began = time.monotonic()
         yield True

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,11 @@ class Checkpoints:
             state = _read_state(directory)
             if state is not None and state["config"] != self.config:
                 shutil.rmtree(directory)
-            elif state is None or not _is_whole(directory, state):
+        for directory in self._newest_first():
+            state = _read_state(directory)
+            if state is None or not _is_whole(directory, state):
                 log.warning("%s is damaged and passed over", directory)
-        for directory, state in self._valid():
+                continue
             tensors = load_file(directory / _TENSORS)
             batches.load_state(_part(tensors, "batches"), state["batches"])
             for sae, learner in learners.items():
@@ -94,17 +96,14 @@ class Checkpoints:
 
     def step(self) -> int:
         """The step of the newest valid checkpoint, 0 if there is none."""
-        return next((state["step"] for _, state in self._valid()), 0)
-
-    def _newest_first(self) -> list[Path]:
-        return sorted(self.directory.glob("step-*"), key=lambda path: path.name, reverse=True)
-
-    def _valid(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """The checkpoints of this config that are whole, the newest first."""
         for directory in self._newest_first():
             state = _read_state(directory)
             if state and state["config"] == self.config and _is_whole(directory, state):
-                yield directory, state
+                return int(state["step"])
+        return 0
+
+    def _newest_first(self) -> list[Path]:
+        return sorted(self.directory.glob("step-*"), key=lambda path: path.name, reverse=True)
 
 
 def _read_state(directory: Path) -> dict[str, Any] | None:

@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from groupsae.sae import SAE, SAEConfig
+from groupsae.sae import SAE
 from groupsae.sae.kernels import cpu, reference, sparse
 from groupsae.sae.kernels.update import normalize_decoder, remove_parallel_component
 from groupsae.sae.sparsity import Latents
+from tests.sae.kernels.cases import random_batch, random_sae
 
 NEEDS_COMPILER = pytest.mark.skipif(
     shutil.which("c++") is None, reason="no C++ compiler `c++` on the PATH"
@@ -53,17 +54,11 @@ def unbuilt(monkeypatch, tmp_path):
 
 
 def make_sae(d_model=24, d_sae=200, k=8, seed=0) -> SAE:
-    generator = torch.Generator().manual_seed(seed)
-    sae = SAE(SAEConfig(d_model=d_model, d_sae=d_sae, k=k, layers=(0,)), generator=generator)
-    with torch.no_grad():
-        sae.W_enc.normal_(generator=generator)
-        sae.b_enc.normal_(std=0.1, generator=generator)
-        sae.b_dec.normal_(std=0.1, generator=generator)
-    return sae
+    return random_sae(d_model, d_sae, k, seed)
 
 
 def make_batch(tokens=48, d_model=24, seed=1) -> Tensor:
-    return torch.randn(tokens, d_model, generator=torch.Generator().manual_seed(seed))
+    return random_batch(tokens, d_model, seed)
 
 
 def assert_same(sae, x, dead=None, rtol=2e-4, atol=1e-5, auxk_weight=0.5) -> None:

@@ -5,23 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from groupsae.sae import SAE, SAEConfig
+from groupsae.sae import SAE
 from groupsae.sae.kernels import reference, sparse
+from tests.sae.kernels.cases import random_batch, random_sae
 
 
 def make_sae(d_model=6, d_sae=24, k=3, seed=0, dtype=torch.float64) -> SAE:
-    generator = torch.Generator().manual_seed(seed)
-    sae = SAE(SAEConfig(d_model=d_model, d_sae=d_sae, k=k, layers=(0,)), generator=generator)
-    with torch.no_grad():
-        sae.W_enc.normal_(generator=generator)
-        sae.b_enc.normal_(std=0.1, generator=generator)
-        sae.b_dec.normal_(std=0.1, generator=generator)
-    return sae.to(dtype)
+    return random_sae(d_model, d_sae, k, seed).to(dtype)
 
 
 def make_batch(tokens=32, d_model=6, seed=1, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tokens, d_model, generator=generator, dtype=dtype)
+    return random_batch(tokens, d_model, seed, dtype)
 
 
 def assert_same(sae, x, dead=None, rtol=1e-9, atol=1e-11, auxk_weight=0.5):

@@ -20,6 +20,7 @@ from groupsae.errors import InputError
 from groupsae.sae import SAE, SAEConfig
 from groupsae.sae.kernels import reference
 from groupsae.sae.kernels import triton as kernels
+from tests.sae.kernels.cases import random_batch, random_sae
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available() and not INTERPRETED
@@ -34,18 +35,11 @@ not_interpreted = pytest.mark.skipif(INTERPRETED, reason="Triton interprets in t
 
 
 def make_sae(d_model=6, d_sae=17, k=3, seed=0) -> SAE:
-    generator = torch.Generator().manual_seed(seed)
-    sae = SAE(SAEConfig(d_model=d_model, d_sae=d_sae, k=k, layers=(0,)), generator=generator)
-    with torch.no_grad():
-        sae.W_enc.normal_(generator=generator)
-        sae.b_enc.normal_(std=0.1, generator=generator)
-        sae.b_dec.normal_(std=0.1, generator=generator)
-    return sae.to(DEVICE)
+    return random_sae(d_model, d_sae, k, seed).to(DEVICE)
 
 
 def make_batch(tokens=4, d_model=6, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tokens, d_model, generator=generator).to(DEVICE)
+    return random_batch(tokens, d_model, seed).to(DEVICE)
 
 
 def make_exact(tokens, d_model, d_sae, k):
