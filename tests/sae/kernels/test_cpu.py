@@ -258,7 +258,7 @@ def test_top_k_of_whole_numbers_full_of_ties(product):
 
 
 @pytest.mark.parametrize("spread", [0.0, 1e-5, 1e-3, 1e-2, 0.1])
-def test_top_k_of_latents_that_bfloat16_cannot_tell_apart(product, spread):
+def test_top_k_of_latents_that_8_bits_cannot_tell_apart(product, spread):
     noise = make_sae(48, 1200).W_enc.detach()
     W_enc = torch.randn(1, 48, generator=torch.Generator().manual_seed(5)) + spread * noise
     x = make_batch(70, 48).abs()
@@ -302,22 +302,42 @@ def test_screening_resolves_ordinary_tokens_and_leaves_hopeless_ones(library):
     assert left_by_screening(x, W_enc, 16) in (0, 1)
 
 
-def test_a_product_that_breaks_its_bound_is_not_used(library):
+def test_a_wrong_product_is_not_used(library, monkeypatch):
     W_enc, x = make_sae(48, 2000).W_enc.detach(), make_batch(8, 48)
-    rounded, weights = cpu._Rounded.of(x), cpu._Rounded.of(W_enc)
-    products = rounded.rows @ weights.rows.T
-    assert cpu._keeps_its_bound(products, rounded, weights)
-    assert not cpu._keeps_its_bound(products * 1.02, rounded, weights)
+    assert left_by_screening(x, W_enc, 16) == 0
+    product = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b, out: product(a, b, out=out).add_(1))
+    assert left_by_screening(x, W_enc, 16) == 8
 
 
-def test_rounding_to_bfloat16_is_that_of_torch(library):
-    rows = torch.cat([torch.randn(64, 33), torch.randn(64, 33) * 1e-39, torch.randn(64, 33) * 1e38])
+def test_a_product_of_one_column(product):
+    assert_same(make_sae(1, 300, 5), make_batch(40, 1))
+
+
+def test_screening_does_not_mind_a_column_that_outlies(library):
+    W_enc, x = make_sae(64, 2000).W_enc.detach(), make_batch(100, 64)
+    x[:, 3] += 60 * torch.sign(x[:, 3])
+    assert left_by_screening(x, W_enc, 16) == 0
+    b_enc = torch.zeros(2000)
+    assert_top_k(cpu.encode(x, W_enc, b_enc, 16), x, W_enc, b_enc, 16)
+
+
+@pytest.mark.parametrize("width", [1, 2, 8, 16, 33, 48, 64, 192, 768])
+def test_rows_are_turned_and_rounded(library, width):
+    """Dot products of rounded rows err by no more than their bounds, and not by much less."""
+    rows = torch.randn(200, width, generator=torch.Generator().manual_seed(width))
+    rows[0], rows[1] = 0, 1e-20 * rows[1]
+    rows[2] *= 1e15
     rounded = cpu._Rounded.of(rows)
-    assert torch.equal(rounded.rows, rows.bfloat16())
-    ordinary = slice(0, 64)
-    errors = (rows - rows.bfloat16().float())[ordinary].norm(dim=1)
-    torch.testing.assert_close(rounded.errors[ordinary], errors)
-    torch.testing.assert_close(rounded.norms[ordinary], rows[ordinary].norm(dim=1))
+    values = rounded.rows.double() * rounded.scales.double().unsqueeze(1)
+    wide = rows.double()
+    products, exact = values @ values.T, wide @ wide.T
+    norms, errors = rounded.norms.double(), rounded.errors.double()
+    bound = torch.outer(errors, norms) + torch.outer(norms + errors, errors)
+    assert ((products - exact).abs() <= bound).all()
+    torch.testing.assert_close(norms[2:], wide[2:].norm(dim=1), rtol=1e-5, atol=0.0)
+    assert (errors[3:] <= 0.02 * norms[3:]).all()
+    assert (rounded.rows.abs().amax(1)[2:] == 127).all()
 
 
 # ---- the update ---------------------------------------------------------------------------------

@@ -12,7 +12,12 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <vector>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -22,20 +27,28 @@ using Key = int32_t;
 constexpr Size kRowsAtOnce = 4;        // rows that share one pass over an accumulator
 constexpr Size kLine = 16;             // floats in a cache line
 constexpr Size kStrip = 32;            // columns that are summed at once
-constexpr Size kFewestTokens = 32;     // in a block whose candidates are scored at once
-constexpr Size kMostTokens = 512;      // more would not stay in the cache
+constexpr Size kBlockFloats = 1 << 18;  // of inputs that are scored at once: stay in the cache
 constexpr Size kFewestGroups = 512;    // of latents, by whose maxima a row is searched
+constexpr Size kRowsScreened = 8;      // that share what is read of the latents
+constexpr float kTurning = 0x1p-19f;   // covers the rounding of a Hadamard transform
 constexpr float kRoundedNorm = 1.001f; // covers the rounding of a norm that is summed in float32
 
 // Several floats that are computed with at once; compilers make of it what the CPU has.
 constexpr Size kLanes = 16;
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
 
-inline Lanes lanes(const float* values) {
-    Lanes result;
+typedef int32_t WholeLanes __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+template <class V> V load(const void* values) {
+    V result;
     std::memcpy(&result, values, sizeof result);
     return result;
 }
+inline Lanes lanes(const float* values) { return load<Lanes>(values); }
+
+// What `load` reads as floats, `Wide` many: one, or Lanes.
+inline float as_floats(int32_t value) { return static_cast<float>(value); }
+inline Lanes as_floats(WholeLanes values) { return __builtin_convertvector(values, Lanes); }
 
 float* row(float* matrix, Size index, Size width) { return matrix + index * width; }
 const float* row(const float* matrix, Size index, Size width) { return matrix + index * width; }
@@ -122,6 +135,12 @@ inline Key lower_key(float value) {
     return value != value ? INT_MIN : bits;
 }
 
+inline float as_float(Key key) {
+    float value;
+    std::memcpy(&value, &key, sizeof value);
+    return value;
+}
+
 // A threshold >= 1 that at least k and at most k + slack keys reach; with more only if they are
 // equal; 1 where fewer than k are positive. By bisection: counting vectorises, partitioning no.
 Key threshold(const Key* keys, Size count, Size k, Size slack) {
@@ -149,16 +168,16 @@ Key threshold(const Key* keys, Size count, Size k, Size slack) {
 
 // What one thread needs to search a row of d_sae latents.
 struct Search {
-    Size groups;
-    std::vector<Key> group_keys, group_lower_keys, upper_keys, keys, lower_keys;
+    Size groups, found = 0;
+    float least = 0;
+    std::vector<Key> keys;
     std::vector<int32_t> latents;
-    std::vector<float> scores;
+    std::vector<float> group_scores, scores;
 
     // Latent j belongs to group j % groups: a group's maximum is then a maximum of whole vectors.
     Search(Size d_sae, Size k)
-        : groups(std::min(d_sae, std::max(kFewestGroups, 8 * k))), group_keys(groups),
-          group_lower_keys(groups), upper_keys(d_sae), keys(d_sae + 1), lower_keys(d_sae + 1),
-          latents(d_sae + 1), scores(d_sae + 1) {}
+        : groups(std::min(d_sae, std::max(kFewestGroups, (8 * k + kLanes - 1) & -kLanes))),
+          keys(d_sae + 1), latents(d_sae + 1), group_scores(groups), scores(d_sae + 1) {}
 };
 
 // The k best of `count` candidates, into a token's places; zeros fill what is left.
@@ -182,7 +201,7 @@ void choose(std::vector<Key>& keys, const float* scores, const int32_t* latents,
 void select_row(Search& search, const float* pre_activations, Size d_sae, Size k, float* values,
                 int32_t* indices) {
     const Size groups = search.groups;
-    Key* __restrict best = search.group_keys.data();
+    Key* __restrict best = search.keys.data();
     std::fill(best, best + groups, INT_MIN);
     for (Size start = 0; start < d_sae; start += groups) {
         const Size members = std::min(groups, d_sae - start);
@@ -203,145 +222,213 @@ void select_row(Search& search, const float* pre_activations, Size d_sae, Size k
     choose(search.keys, search.scores.data(), search.latents.data(), count, k, values, indices);
 }
 
-// ---- bfloat16 ------------------------------------------------------------------------------
+// ---- screening -----------------------------------------------------------------------------
 
-// To the nearest bfloat16, ties to even; what rounds beyond the largest becomes infinite.
-inline uint16_t to_bfloat16(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
+// Rows are turned before they are rounded to 8 bits: each block of columns, of a width that is a
+// power of two, by random signs and a Hadamard transform. Dot products stay what they are, and a few
+// outlying columns, which would take all of 8 bits, are spread over the block (QuIP#,
+// arXiv 2402.04396, section 3).
+
+// A fixed sign for each column, as good as random (a step of splitmix64).
+inline float sign(Size column) {
+    uint64_t z = static_cast<uint64_t>(column + 1) * 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return (z >> 63) != 0 ? -1.0f : 1.0f;
 }
 
-inline float from_bfloat16(uint16_t value) {
-    const uint32_t bits = uint32_t{value} << 16;
-    float result;
-    std::memcpy(&result, &bits, sizeof result);
-    return result;
-}
-
-// How far a latent's score on a token, as the bfloat16 product gives it, may lie from the true one.
-// Writing x', w' for the rounded vectors:
-//   |x'.w' - x.w| <= |x - x'| |w| + |x'| |w - w'|            (Cauchy-Schwarz),
-//   summing d_model products in float32 errs by at most summation |x'| |w'|,
-//   |w'| <= |w| + |w - w'|, and rounding the sum to bfloat16 errs by 1/255 of it.
-struct Bound {
-    float per_norm, per_error;
-
-    Bound(float norm, float error, Size d_model) {
-        const float rounded_norm = norm + error;
-        const float summation = 2.0f * static_cast<float>(d_model) * 0x1p-24f;
-        per_norm = kRoundedNorm * (error + summation * rounded_norm);
-        per_error = kRoundedNorm * (1 + summation) * rounded_norm;
+// A stage of the transform within kLanes values: sums in the lanes without the bit `half`,
+// differences in those with it.
+template <int half> Lanes butterfly(Lanes values) {
+    WholeLanes partners;
+    Lanes signs;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        partners[lane] = lane ^ half;
+        signs[lane] = (lane & half) != 0 ? -1.0f : 1.0f;
     }
+#ifdef __clang__
+    Lanes swapped;
+    for (int lane = 0; lane < kLanes; ++lane) swapped[lane] = values[lane ^ half];
+#else
+    const Lanes swapped = __builtin_shuffle(values, partners);
+#endif
+    return swapped + signs * values;
+}
 
-    // The widest error of `product` for a latent of this norm and rounding error; the last term is
-    // for the sum with the bias, and the constant for numbers too small to be normal.
-    float operator()(float product, float score, float norm, float error) const {
-        return per_norm * norm + per_error * error + std::fabs(product) * (1.0f / 254.0f) +
-               std::fabs(score) * 0x1p-21f + 1e-30f;
+// In place, without the factor 1 / sqrt(width).
+void hadamard(float* values, Size width) {
+    Size half = 1;
+    if (width >= kLanes) {
+        for (Size i = 0; i < width; i += kLanes) {
+            const Lanes pairs = butterfly<2>(butterfly<1>(lanes(values + i)));
+            const Lanes all = butterfly<8>(butterfly<4>(pairs));
+            std::memcpy(values + i, &all, sizeof all);
+        }
+        half = kLanes;
+    }
+    for (; half < width; half *= 2) {
+        for (Size start = 0; start < width; start += 2 * half) {
+            float* __restrict a = values + start;
+            float* __restrict b = a + half;
+            for (Size i = 0; i < half; ++i) {
+                const float sum = a[i] + b[i];
+                b[i] = a[i] - b[i];
+                a[i] = sum;
+            }
+        }
+    }
+}
+
+// How far a latent's score on a token, as the 8-bit product gives it, may lie from the true one.
+// Writing x', w' for the rounded vectors and |x - x'| for the norm of what rounding changed:
+//   |x'.w' - x.w| <= |x - x'| |w| + |x'| |w - w'|            (Cauchy-Schwarz),
+//   |x'| <= |x| + |x - x'|,
+//   the product is a sum of whole numbers, without error; scaling it, adding the bias, and the
+//   float32 sum that scores are compared by in the end err by a few roundings of these sizes.
+struct Bound {
+    float scale, per_norm, per_error;
+
+    Bound() = default;
+    Bound(float scale, float norm, float error, Size d_model) : scale(scale) {
+        const float roundings = (2.0f * static_cast<float>(d_model) + 16) * 0x1p-24f;
+        per_norm = kRoundedNorm * (error + roundings * (norm + error));
+        per_error = kRoundedNorm * (1 + roundings) * (norm + error);
     }
 };
 
-// One row of a bfloat16 product, with what its bounds need.
+// One row of an 8-bit product, with what its bounds need of each latent.
 struct Screened {
-    const uint16_t* products;
-    const float *biases, *norms, *errors;
+    const int32_t* products;
+    const float *biases, *scales, *norms, *errors;
     Bound bound;
 
-    float score(Size j) const { return from_bfloat16(products[j]) + biases[j]; }
-    float error(Size j) const {
-        return bound(from_bfloat16(products[j]), score(j), norms[j], errors[j]);
+    // The least score that a latent can have (`side` -1), or the largest (1); a NaN where it cannot
+    // be told. V: float, for latent j, or Lanes, for it and those after it.
+    template <int side, class V> V limit(Size j) const {
+        using Whole = std::conditional_t<std::is_same_v<V, float>, int32_t, WholeLanes>;
+        const V product = bound.scale * load<V>(scales + j) * as_floats(load<Whole>(products + j));
+        const V error = bound.per_norm * load<V>(norms + j) + bound.per_error * load<V>(errors + j);
+        return (product + load<V>(biases + j)) + side * error;
     }
-    // The largest score that latent j can have, and the least.
-    Key upper(Size j) const { return key(score(j) + error(j)); }
-    Key lower(Size j) const { return lower_key(score(j) - error(j)); }
 };
 
-// The latents that may be among the k largest, into search.latents; returns their number.
-Size screen_row(Search& search, const Screened screened, Size d_sae, Size k) {
-    const Size groups = search.groups;
-    Key* __restrict best = search.group_keys.data();
-    Key* __restrict best_lower = search.group_lower_keys.data();
-    Key* __restrict uppers = search.upper_keys.data();
-    std::fill(best, best + groups, INT_MIN);
-    std::fill(best_lower, best_lower + groups, INT_MIN);
+// Calls f<V>(j) for all latents from `begin` to `end`, kLanes at a time while there are so many.
+template <class F>
+__attribute__((always_inline)) inline void for_lanes(Size begin, Size end, const F f) {
+    Size j = begin;
+    for (; j + kLanes <= end; j += kLanes) f(j, Lanes{});
+    for (; j < end; ++j) f(j, float{});
+}
+
+inline uint32_t reached(float value, float least) { return !(value < least); }
+inline uint32_t reached(Lanes values, float least) {
+#ifdef __AVX512F__
+    return _mm512_cmp_ps_mask(values, _mm512_set1_ps(least), _CMP_NLT_UQ);
+#else
+    const WholeLanes below = values < least;
+    uint32_t bits = 0;
+#pragma omp simd reduction(| : bits)
+    for (int lane = 0; lane < kLanes; ++lane) bits |= (below[lane] == 0) << lane;
+    return bits;
+#endif
+}
+
+// The latents of each row that may be among its k largest, into its search.latents; their number
+// into its search.found. Rows are done together, some hundred latents at a time, whose norms and
+// biases then stay in the cache.
+void screen_rows(Search* searches, const Screened* screened, Size rows, Size d_sae, Size k) {
+    const Size groups = searches[0].groups;
+    for (Size r = 0; r < rows; ++r)
+        std::fill(searches[r].group_scores.begin(), searches[r].group_scores.end(), 0.0f);
     for (Size start = 0; start < d_sae; start += groups) {
-        const Size members = std::min(groups, d_sae - start);
-#pragma omp simd
-        for (Size g = 0; g < members; ++g) {
-            const Key upper = screened.upper(start + g), lower = screened.lower(start + g);
-            uppers[start + g] = upper;
-            best[g] = best[g] > upper ? best[g] : upper;
-            best_lower[g] = best_lower[g] > lower ? best_lower[g] : lower;
+        for (Size r = 0; r < rows; ++r) {
+            const Screened row = screened[r];
+            float* best = searches[r].group_scores.data() - start;
+            for_lanes(start, std::min(start + groups, d_sae), [=](Size j, auto width) {
+                using V = decltype(width);
+                const V old = load<V>(best + j), lower = row.limit<-1, V>(j);
+                const V larger = lower > old ? lower : old;
+                std::memcpy(best + j, &larger, sizeof larger);
+            });
         }
     }
     // At least k latents surely reach `least`: one that cannot is not among the k largest.
-    Key least = threshold(best_lower, groups, k, k / 8);
-    Size count = 0;
-    for (Size g = 0; g < groups; ++g) {
-        if (best[g] < least) continue;
-        for (Size j = g; j < d_sae; j += groups) {
-            search.latents[count] = static_cast<int32_t>(j);
-            count += uppers[j] >= least;
+    for (Size r = 0; r < rows; ++r) {
+        Search& search = searches[r];
+        for (Size g = 0; g < groups; ++g) search.keys[g] = key(search.group_scores[g]);
+        search.least = as_float(threshold(search.keys.data(), groups, k, k / 8));
+        search.found = 0;
+    }
+    for (Size start = 0; start < d_sae; start += groups) {
+        for (Size r = 0; r < rows; ++r) {
+            const Screened row = screened[r];
+            const float least = searches[r].least;
+            int32_t* const first = searches[r].latents.data();
+            int32_t* next = first + searches[r].found;
+            for_lanes(start, std::min(start + groups, d_sae), [=, &next](Size j, auto width) {
+                using V = decltype(width);
+                for (uint32_t bits = reached(row.limit<1, V>(j), least); bits != 0;
+                     bits &= bits - 1)
+                    *next++ = static_cast<int32_t>(j + __builtin_ctz(bits));
+            });
+            searches[r].found = next - first;
         }
     }
-    for (Size c = 0; c < count; ++c) search.lower_keys[c] = screened.lower(search.latents[c]);
-    least = threshold(search.lower_keys.data(), count, k, 0);
-    Size candidates = 0;
-    for (Size c = 0; c < count; ++c) {
-        const int32_t latent = search.latents[c];
-        search.latents[candidates] = latent;
-        candidates += uppers[latent] >= least;
+    for (Size r = 0; r < rows; ++r) {
+        Search& search = searches[r];
+        const Screened row = screened[r];
+        for (Size c = 0; c < search.found; ++c)
+            search.keys[c] = lower_key(row.limit<-1, float>(search.latents[c]));
+        const float least = as_float(threshold(search.keys.data(), search.found, k, 0));
+        Size candidates = 0;
+        for (Size c = 0; c < search.found; ++c) {
+            const int32_t latent = search.latents[c];
+            search.latents[candidates] = latent;
+            candidates += reached(row.limit<1, float>(latent), least);
+        }
+        search.found = candidates;
     }
-    return candidates;
 }
 
 // The candidates of a block of tokens, scored latent by latent: each row of W_enc is then read once
 // for all tokens of the block, whose inputs stay in the cache.
-struct Candidates {
-    std::vector<int32_t> latents, tokens, order;
-    std::vector<Size> ends; // of each token's candidates
-    std::vector<float> scores;
-    std::vector<Size> offsets;
+struct Rescoring {
+    std::vector<int32_t> places; // of the candidates in [token, most], sorted by latent
+    std::vector<Size> ends;      // in `places`, of each latent's candidates
+    std::vector<const float*> rows;
+    std::vector<float> dots, scores;
 
-    explicit Candidates(Size d_sae) : offsets(d_sae + 1) {}
+    Rescoring(Size d_sae, Size tokens, Size most)
+        : ends(d_sae + 1), rows(tokens + kRowsAtOnce), dots(tokens + kRowsAtOnce),
+          scores(tokens * most) {}
 
-    void clear() {
-        latents.clear();
-        tokens.clear();
-        ends.clear();
-    }
-
-    void append(const int32_t* chosen, Size count) {
-        tokens.insert(tokens.end(), count, static_cast<int32_t>(ends.size()));
-        latents.insert(latents.end(), chosen, chosen + count);
-        ends.push_back(static_cast<Size>(latents.size()));
-    }
-
-    void score(const float* inputs, const float* W_enc, const float* b_enc, Size d_model) {
-        sort_by_latent();
-        scores.resize(latents.size());
-        std::vector<const float*> rows(ends.size());
-        std::vector<float> dots(ends.size());
-        for (Size j = 0; j + 1 < static_cast<Size>(offsets.size()); ++j) {
-            const Size begin = j == 0 ? 0 : offsets[j - 1], count = offsets[j] - begin;
+    // Into scores[token, most]; `candidates` are counts[token] of each row of [token, most].
+    void score(const int32_t* candidates, const int32_t* counts, Size tokens, Size most,
+               const float* inputs, const float* W_enc, const float* b_enc, Size d_model) {
+        sort_by_latent(candidates, counts, tokens, most);
+        for (Size j = 0; j + 1 < static_cast<Size>(ends.size()); ++j) {
+            const Size begin = j == 0 ? 0 : ends[j - 1], count = ends[j] - begin;
+            if (count == 0) continue;
             for (Size e = 0; e < count; ++e)
-                rows[e] = row(inputs, tokens[order[begin + e]], d_model);
-            dot_rows(row(W_enc, j, d_model), rows.data(), dots.data(), count, d_model);
-            for (Size e = 0; e < count; ++e) scores[order[begin + e]] = dots[e] + b_enc[j];
+                rows[e] = row(inputs, places[begin + e] / most, d_model);
+            // Full passes only, so that a score does not depend on what else is scored with it.
+            const Size full = (count + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce;
+            std::fill(rows.begin() + count, rows.begin() + full, rows[count - 1]);
+            dot_rows(row(W_enc, j, d_model), rows.data(), dots.data(), full, d_model);
+            for (Size e = 0; e < count; ++e) scores[places[begin + e]] = dots[e] + b_enc[j];
         }
     }
 
 private:
-    // A counting sort; it leaves in offsets[j] where latent j ends.
-    void sort_by_latent() {
-        std::fill(offsets.begin(), offsets.end(), 0);
-        for (const int32_t latent : latents) ++offsets[latent + 1];
-        for (size_t j = 1; j < offsets.size(); ++j) offsets[j] += offsets[j - 1];
-        order.resize(latents.size());
-        for (size_t c = 0; c < latents.size(); ++c)
-            order[offsets[latents[c]]++] = static_cast<int32_t>(c);
+    void sort_by_latent(const int32_t* candidates, const int32_t* counts, Size tokens, Size most) {
+        std::fill(ends.begin(), ends.end(), 0);
+        for (Size t = 0; t < tokens; ++t)
+            for (Size c = 0; c < counts[t]; ++c) ++ends[candidates[t * most + c] + 1];
+        for (size_t j = 1; j < ends.size(); ++j) ends[j] += ends[j - 1];
+        places.resize(ends.back());
+        for (Size t = 0; t < tokens; ++t)
+            for (Size c = 0; c < counts[t]; ++c)
+                places[ends[candidates[t * most + c]]++] = static_cast<int32_t>(t * most + c);
     }
 };
 
@@ -384,25 +471,47 @@ void sum_strip(const float* rows, const int32_t* tokens, const float* weights, S
 
 extern "C" {
 
-// Each row rounded to bfloat16, its norm, and the norm of what the rounding changed; neither norm
-// too small, whatever squares are too small for a float.
-void groupsae_round_rows(Size threads, const float* rows, Size count, Size width,
-                         uint16_t* rounded, float* norms, float* errors) {
-#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
-    for (Size r = 0; r < count; ++r) {
-        const float* source = row(rows, r, width);
-        uint16_t* __restrict target = rounded + r * width;
-        float squares = 0, error_squares = 0;
-#pragma omp simd reduction(+ : squares, error_squares)
-        for (Size m = 0; m < width; ++m) {
-            target[m] = to_bfloat16(source[m]);
-            const float error = source[m] - from_bfloat16(target[m]);
-            squares += source[m] * source[m];
-            error_squares += error * error;
+// Each row turned and rounded to scales[r] times whole numbers of 8 bits; its norm, and the norm of
+// what the rounding changed; neither norm too small, whatever squares are too small for a float.
+void groupsae_round_rows(Size threads, const float* rows, Size count, Size width, int8_t* rounded,
+                         float* scales, float* norms, float* errors) {
+    const Size block = width & -width; // the largest power of two that divides it
+    std::vector<float> signs(width);
+    for (Size m = 0; m < width; ++m)
+        signs[m] = sign(m) / std::sqrt(static_cast<float>(block));
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+        std::vector<float> turned(width);
+#pragma omp for schedule(static)
+        for (Size r = 0; r < count; ++r) {
+            const float* source = row(rows, r, width);
+            int8_t* __restrict target = rounded + r * width;
+            float squares = 0, largest = 0, error_squares = 0;
+#pragma omp simd reduction(+ : squares)
+            for (Size m = 0; m < width; ++m) {
+                squares += source[m] * source[m];
+                turned[m] = signs[m] * source[m];
+            }
+            for (Size start = 0; start < width; start += block)
+                hadamard(turned.data() + start, block);
+#pragma omp simd reduction(max : largest)
+            for (Size m = 0; m < width; ++m) {
+                const float size = std::fabs(turned[m]);
+                largest = size > largest ? size : largest;
+            }
+            const float scale = largest / 127, inverse = largest > 0 ? 127 / largest : 0;
+#pragma omp simd reduction(+ : error_squares)
+            for (Size m = 0; m < width; ++m) {
+                const float whole = std::nearbyint(turned[m] * inverse);
+                target[m] = static_cast<int8_t>(whole);
+                const float error = turned[m] - scale * whole;
+                error_squares += error * error;
+            }
+            const float lost = static_cast<float>(width) * FLT_MIN;
+            scales[r] = scale;
+            norms[r] = std::sqrt(squares + lost);
+            errors[r] = std::sqrt(error_squares + lost) + kTurning * norms[r];
         }
-        const float lost = static_cast<float>(width) * FLT_MIN;
-        norms[r] = std::sqrt(squares + lost);
-        errors[r] = std::sqrt(error_squares + lost);
     }
 }
 
@@ -419,40 +528,63 @@ void groupsae_select(Size threads, const float* pre_activations, Size tokens, Si
     }
 }
 
-// The same from products [token, d_sae] in bfloat16, without the bias. Every latent that may be
-// among the k largest by its error bound is scored again in float32, so nothing is lost. Where more
-// than `most` latents may be, `unresolved` is set and the token is left to the caller.
-void groupsae_screen(Size threads, const uint16_t* products, Size tokens, Size d_sae, Size d_model,
-                     Size k, const float* inputs, const float* input_norms,
-                     const float* input_errors, const float* W_enc, const float* b_enc,
-                     const float* norms, const float* errors, Size most, float* values,
-                     int32_t* indices, uint8_t* unresolved) {
-    const Size share = (tokens + threads - 1) / threads;
-    const Size block = std::clamp(share, kFewestTokens, kMostTokens);
+// From 8-bit products [token, d_sae] every latent that may be among a token's k largest, by the error
+// bound of its score: counts[t] of them, into row t of `candidates` [token, most]. Where there are
+// more than `most`, their number is `most` + 1, and none is given.
+void groupsae_screen(Size threads, const int32_t* products, Size tokens, Size d_sae, Size d_model,
+                     Size k, const float* input_scales, const float* input_norms,
+                     const float* input_errors, const float* b_enc, const float* scales,
+                     const float* norms, const float* errors, Size most, int32_t* candidates,
+                     int32_t* counts) {
 #pragma omp parallel num_threads(static_cast<int>(threads))
     {
-        Search search(d_sae, k);
-        Candidates candidates(d_sae);
+        std::vector<Search> searches(kRowsScreened, Search(d_sae, k));
+        std::vector<Screened> screened(kRowsScreened);
+#pragma omp for schedule(dynamic, 1)
+        for (Size first = 0; first < tokens; first += kRowsScreened) {
+            const Size rows = std::min(kRowsScreened, tokens - first);
+            for (Size r = 0; r < rows; ++r) {
+                const Size t = first + r;
+                const Bound bound(input_scales[t], input_norms[t], input_errors[t], d_model);
+                screened[r] = {products + t * d_sae, b_enc, scales, norms, errors, bound};
+            }
+            screen_rows(searches.data(), screened.data(), rows, d_sae, k);
+            for (Size r = 0; r < rows; ++r) {
+                const Search& search = searches[r];
+                counts[first + r] = static_cast<int32_t>(std::min(search.found, most + 1));
+                if (search.found <= most)
+                    std::copy_n(search.latents.data(), search.found,
+                                candidates + (first + r) * most);
+            }
+        }
+    }
+}
+
+// TopK(relu(pre-activations)) of each token among its candidates, as `screen` gave them, scored in
+// float32. Tokens with more than `most` are left as they are.
+void groupsae_rescore(Size threads, const int32_t* candidates, const int32_t* counts, Size tokens,
+                      Size most, Size d_sae, Size d_model, Size k, const float* inputs,
+                      const float* W_enc, const float* b_enc, float* values, int32_t* indices) {
+    const Size share = (tokens + threads - 1) / threads;
+    const Size block = std::min(share, std::max(kBlockFloats / d_model, kRowsAtOnce));
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+        Rescoring rescoring(d_sae, block, most);
+        std::vector<Key> keys(most + 1);
+        std::vector<int32_t> block_counts(block);
 #pragma omp for schedule(dynamic, 1)
         for (Size start = 0; start < tokens; start += block) {
-            const Size end = std::min(tokens, start + block);
-            candidates.clear();
-            for (Size t = start; t < end; ++t) {
-                const Bound bound(input_norms[t], input_errors[t], d_model);
-                const Screened screened{products + t * d_sae, b_enc, norms, errors, bound};
-                const Size count = screen_row(search, screened, d_sae, k);
-                unresolved[t] = count > most;
-                candidates.append(search.latents.data(), unresolved[t] ? 0 : count);
-            }
-            candidates.score(row(inputs, start, d_model), W_enc, b_enc, d_model);
-            Size first = 0;
-            for (Size t = start; t < end; ++t) {
-                const Size last = candidates.ends[t - start];
-                choose(search.keys, candidates.scores.data() + first,
-                       candidates.latents.data() + first, last - first, k, row(values, t, k),
-                       indices + t * k);
-                first = last;
-            }
+            const Size size = std::min(block, tokens - start);
+            const int32_t* block_candidates = candidates + start * most;
+            for (Size t = 0; t < size; ++t)
+                block_counts[t] = counts[start + t] > most ? 0 : counts[start + t];
+            rescoring.score(block_candidates, block_counts.data(), size, most,
+                            row(inputs, start, d_model), W_enc, b_enc, d_model);
+            for (Size t = 0; t < size; ++t)
+                if (counts[start + t] <= most)
+                    choose(keys, rescoring.scores.data() + t * most, block_candidates + t * most,
+                           block_counts[t], k, row(values, start + t, k),
+                           indices + (start + t) * k);
         }
     }
 }
