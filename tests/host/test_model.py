@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from groupsae import products
 from groupsae.errors import InputError
 from groupsae.host.model import HostModel
 from tests.host.tiny_models import (
@@ -38,6 +39,28 @@ def host() -> HostModel:
 
 
 # Reading
+
+
+@pytest.fixture(autouse=True)
+def pytorchs_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit what Hugging Face computes is to be had with the same products only."""
+    monkeypatch.setattr(products, "onednn_is_faster", lambda threads: False)
+
+
+@every_architecture
+def test_the_faster_product_changes_no_more_than_the_rounding(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not products._has_onednn():
+        pytest.skip("this PyTorch is built without oneDNN")
+    model = tiny_model(architecture)
+    host, ids = HostModel(model), random_ids()
+    expected = host.residual_streams(ids, [LAST])[LAST]
+    product, made = products._onednn, []
+    monkeypatch.setattr(products, "onednn_is_faster", lambda threads: True)
+    monkeypatch.setattr(products, "_onednn", lambda *a: made.append(1) or product(*a))
+    torch.testing.assert_close(host.residual_streams(ids, [LAST])[LAST], expected)
+    assert made
 
 
 @every_architecture

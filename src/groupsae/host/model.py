@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from groupsae.errors import InputError
 from groupsae.host.blocks import BlockOutput, PreTrainedModel, find_blocks, stream_of, with_stream
 from groupsae.host.loading import PreTrainedTokenizer, load_pretrained
+from groupsae.products import fast_linears
 
 Stream: TypeAlias = Float[Tensor, "batch context d_model"]
 Visitor: TypeAlias = Callable[[Stream], object]
@@ -189,7 +190,7 @@ class HostModel:
 
         with self._hooked({layer: hook_of(layer, fn) for layer, fn in visitors.items()}):
             try:
-                self.model(input_ids=input_ids, use_cache=False)
+                self._forward(input_ids)
             except _StopForward as caught:
                 if caught is not stop:
                     raise
@@ -240,8 +241,7 @@ class HostModel:
         Raises:
             InputError: a token id or a context that the model does not have.
         """
-        output = self.model(input_ids=self._checked(input_ids), use_cache=False, return_dict=True)
-        return output.logits  # type: ignore[no-any-return]
+        return self._forward(self._checked(input_ids)).logits  # type: ignore[no-any-return]
 
     def cross_entropy(
         self, input_ids: Int[Tensor, "batch context"]
@@ -278,6 +278,10 @@ class HostModel:
             data = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
             digest.update(memoryview(data.numpy()))
         return digest.hexdigest()
+
+    def _forward(self, input_ids: Int[Tensor, "batch context"]) -> Any:
+        with fast_linears(self.device):
+            return self.model(input_ids=input_ids, use_cache=False, return_dict=True)
 
     def _check_layers(self, layers: Iterable[int]) -> None:
         for layer in layers:

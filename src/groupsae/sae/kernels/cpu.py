@@ -43,6 +43,8 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int, Int8, Int32
 from torch import Tensor
 
+from groupsae.cache import CacheError, cache_folder, cpu_flags
+from groupsae.products import linear
 from groupsae.sae.autoencoder import SAE
 from groupsae.sae.kernels import sparse
 from groupsae.sae.kernels.reference import StepResult
@@ -193,12 +195,15 @@ def _encode_exactly(
     """Fill `latents` through the float32 product."""
     d_sae, k = len(W_enc), latents.values.shape[1]
     rows = _chunk_rows(len(inputs), 4 * d_sae)
-    buffer = inputs.new_empty(rows, d_sae)
     for start in range(0, len(inputs), rows):
         chunk = slice(start, start + rows)
-        tokens = len(inputs[chunk])
-        torch.addmm(b_enc, inputs[chunk], W_enc.T, out=buffer[:tokens])
-        _call("select", buffer, tokens, d_sae, k, latents.values[chunk], latents.indices[chunk])
+        pre_activations = linear(inputs[chunk], W_enc, b_enc)
+        # fmt: off
+        _call(
+            "select", pre_activations, len(pre_activations), d_sae, k,
+            latents.values[chunk], latents.indices[chunk],
+        )
+        # fmt: on
 
 
 def _encode_screened(
@@ -279,7 +284,7 @@ def _worth_screening(d_sae: int, k: int) -> bool:
 
 @functools.cache
 def _has_int8() -> bool:
-    return bool({"avx512_vnni", "avx_vnni", "amx_int8", "i8mm"} & set(_cpu_flags().split()))
+    return bool({"avx512_vnni", "avx_vnni", "amx_int8", "i8mm"} & set(cpu_flags().split()))
 
 
 def _is_exact(
@@ -425,7 +430,7 @@ def _library() -> ctypes.CDLL | None:
     """The compiled kernels, built where they are not in the cache; None where they cannot be."""
     try:
         return ctypes.CDLL(str(_built()))
-    except (OSError, _CannotBuildError) as error:
+    except (OSError, CacheError, _CannotBuildError) as error:
         _log.info("compiled CPU kernels are not used, plain PyTorch is: %s", error)
         return None
 
@@ -437,9 +442,9 @@ class _CannotBuildError(Exception):
 def _built() -> Path:
     """The library for this source, compiler and CPU, in the cache; built if it is not there."""
     compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    described = (_SOURCE.read_text(), *_FLAGS, *compiler, platform.machine(), _cpu_flags())
+    described = (_SOURCE.read_text(), *_FLAGS, *compiler, platform.machine(), cpu_flags())
     name = hashlib.sha256("\0".join(described).encode()).hexdigest()[:32]
-    library = _cache_folder() / f"kernels-{name}.so"
+    library = cache_folder() / f"kernels-{name}.so"
     if not library.exists():
         _build(compiler, library)
     return library
@@ -462,25 +467,3 @@ def _build(compiler: list[str], library: Path) -> None:
         except subprocess.TimeoutExpired as error:
             raise _CannotBuildError(f"{compiler[0]} took longer than {_BUILD_SECONDS} s") from error
         draft.replace(library)
-
-
-def _cache_folder() -> Path:
-    """A folder that nobody but this user can write: what lies in it is loaded as code."""
-    if os.name != "posix":
-        raise _CannotBuildError(f"they are built on Linux and macOS only, not on {os.name}")
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(root).expanduser() / "groupsae"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise _CannotBuildError(f"others than you can write to {folder}; chmod 700 it")
-    return folder
-
-
-@functools.cache
-def _cpu_flags() -> str:
-    """The CPU's instruction sets, where the system names them."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    named = (line for line in lines if line.startswith(("flags", "Features")))
-    return next(named, platform.processor()).partition(":")[2]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from groupsae.products import linear
 from groupsae.sae.autoencoder import SAE
 from groupsae.sae.kernels.reference import StepResult
 from groupsae.sae.sparsity import Latents
@@ -37,10 +38,11 @@ def step(
     variance = (x - x.mean(0)).square().sum()
 
     latents = encode(inputs, sae.W_enc, sae.b_enc, sae.config.k)
-    residual = x - decode(latents, sae.W_dec) - sae.b_dec
+    decoded = _Decoded.of(latents, sae.W_dec)
+    residual = x - decoded.rows.detach() - sae.b_dec
     fvu = residual.square().sum() / variance
     output_gradient = residual * (-2 / variance)
-    gradients = _gradients(sae, inputs, latents, output_gradient)
+    gradients = _gradients(sae, inputs, decoded, output_gradient)
     gradients["b_dec"] += output_gradient.sum(0)
 
     auxk = x.new_zeros(())
@@ -66,31 +68,48 @@ def encode(
     b_enc: Float[Tensor, " latent"],
     k: int,
 ) -> Latents:
-    """TopK(relu(W_enc inputs + b_enc)), a chunk of tokens at a time in one kept buffer."""
+    """TopK(relu(W_enc inputs + b_enc)), a chunk of tokens at a time."""
     tokens, rows = len(inputs), max(_CHUNK_BYTES // (b_enc.element_size() * len(b_enc)), 1)
-    buffer = inputs.new_empty(min(rows, tokens), len(b_enc))
     values = inputs.new_empty(tokens, k)
     indices = torch.empty(tokens, k, dtype=torch.long, device=inputs.device)
     for start in range(0, tokens, rows):
         chunk = slice(start, start + rows)
-        pre_activations = buffer[: len(inputs[chunk])]
-        torch.addmm(b_enc, inputs[chunk], W_enc.T, out=pre_activations)
         chosen = (values[chunk], indices[chunk])
-        torch.topk(pre_activations, k, sorted=False, out=chosen)
+        torch.topk(linear(inputs[chunk], W_enc, b_enc), k, sorted=False, out=chosen)
     return Latents(values.relu_(), indices)
 
 
-def decode(
-    latents: Latents, W_dec: Float[Tensor, "latent d_model"]
-) -> Float[Tensor, "token d_model"]:
-    """The sum of each token's active decoder rows."""
-    return F.embedding_bag(latents.indices, W_dec, per_sample_weights=latents.values, mode="sum")
+@dataclass(frozen=True)
+class _Decoded:
+    """The sum of each token's active decoder rows, and its graph."""
+
+    latents: Latents
+    rows: Float[Tensor, "token d_model"]
+
+    @classmethod
+    def of(cls, latents: Latents, W_dec: Float[Tensor, "latent d_model"]) -> _Decoded:
+        values = latents.values.detach().requires_grad_()
+        with torch.enable_grad():
+            rows = F.embedding_bag(
+                latents.indices, W_dec.detach(), per_sample_weights=values, mode="sum"
+            )
+        return cls(Latents(values, latents.indices), rows)
+
+    def activation_gradient(
+        self, output_gradient: Float[Tensor, "token d_model"]
+    ) -> Float[Tensor, "token k"]:
+        """output_gradient[t] . W_dec[j] for each active latent j of token t.
+
+        No [token, k, d_model] is made.
+        """
+        products = torch.autograd.grad(self.rows, self.latents.values, output_gradient)[0]
+        return products * (self.latents.values > 0)
 
 
 def _gradients(
     sae: SAE,
     inputs: Float[Tensor, "token d_model"],
-    latents: Latents,
+    decoded: _Decoded,
     output_gradient: Float[Tensor, "token d_model"],
 ) -> dict[str, Tensor]:
     """Of all parameters through the latents, given the loss's gradient at the decoder's output.
@@ -99,7 +118,8 @@ def _gradients(
     of v_tj is g_t . W_dec[j], that of W_dec[j] is sum_t v_tj g_t, and so on; b_dec gets here what
     reaches it through the encoder's input alone.
     """
-    activation_gradient = _dot_rows(latents, sae.W_dec, output_gradient) * (latents.values > 0)
+    activation_gradient = decoded.activation_gradient(output_gradient)
+    latents = decoded.latents
     by_latent = _ByLatent.of(latents.indices, sae.config.d_sae)
     b_enc = by_latent.sum(activation_gradient)
     return {
@@ -124,26 +144,12 @@ def _add_auxk(
     wanted = max(sae.config.d_model // 2, 1)
     share = min(len(which) / wanted, 1.0)
     latents = encode(inputs, sae.W_enc[which], sae.b_enc[which], min(wanted, len(which)))
-    error = decode(latents, sae.W_dec[which]) - residual
-    latents = Latents(latents.values, which[latents.indices])
+    decoded = _Decoded.of(Latents(latents.values, which[latents.indices]), sae.W_dec)
+    error = decoded.rows.detach() - residual
     output_gradient = error * (2 * share * weight / variance)
-    for name, gradient in _gradients(sae, inputs, latents, output_gradient).items():
+    for name, gradient in _gradients(sae, inputs, decoded, output_gradient).items():
         gradients[name] += gradient
     return share * error.square().sum() / variance
-
-
-def _dot_rows(
-    latents: Latents,
-    W_dec: Float[Tensor, "latent d_model"],
-    vectors: Float[Tensor, "token d_model"],
-) -> Float[Tensor, "token k"]:
-    """vectors[t] . W_dec[j] for each chosen latent j of token t; no [token, k, d_model] is made."""
-    with torch.enable_grad():
-        weights = torch.ones_like(latents.values, requires_grad=True)
-        bags = F.embedding_bag(
-            latents.indices, W_dec.detach(), per_sample_weights=weights, mode="sum"
-        )
-        return torch.autograd.grad(bags, weights, vectors)[0]
 
 
 @dataclass(frozen=True)
