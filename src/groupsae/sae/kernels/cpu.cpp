@@ -27,7 +27,7 @@ using Key = int32_t;
 constexpr Size kRowsAtOnce = 4;        // rows that share one pass over an accumulator
 constexpr Size kLine = 16;             // floats in a cache line
 constexpr Size kStrip = 32;            // columns that are summed at once
-constexpr Size kBlockFloats = 1 << 18;  // of inputs that are scored at once: stay in the cache
+constexpr Size kBlockFloats = 1 << 20;  // of inputs that are scored at once: stay near the cache
 constexpr Size kFewestGroups = 512;    // of latents, by whose maxima a row is searched
 constexpr Size kRowsScreened = 8;      // that share what is read of the latents
 constexpr float kTurning = 0x1p-19f;   // covers the rounding of a Hadamard transform
@@ -302,8 +302,8 @@ struct Screened {
     const float *biases, *scales, *norms, *errors;
     Bound bound;
 
-    // The least score that a latent can have (`side` -1), or the largest (1); a NaN where it cannot
-    // be told. V: float, for latent j, or Lanes, for it and those after it.
+    // The least score that a latent can have (`side` -1), or the largest (1), or the likely one (0);
+    // a NaN where it cannot be told. V: float, for latent j, or Lanes, for it and those after it.
     template <int side, class V> V limit(Size j) const {
         using Whole = std::conditional_t<std::is_same_v<V, float>, int32_t, WholeLanes>;
         const V product = bound.scale * load<V>(scales + j) * as_floats(load<Whole>(products + j));
@@ -331,6 +331,17 @@ inline uint32_t reached(Lanes values, float least) {
     for (int lane = 0; lane < kLanes; ++lane) bits |= (below[lane] == 0) << lane;
     return bits;
 #endif
+}
+
+// Brings k of the latents found, those with the largest likely scores, to the front.
+void put_likely_first(Search& search, const Screened& screened, Size k) {
+    if (search.found <= k) return;
+    for (Size c = 0; c < search.found; ++c)
+        search.keys[c] = key(screened.limit<0, float>(search.latents[c]));
+    const Key least = threshold(search.keys.data(), search.found, k, 0);
+    Size first = 0;
+    for (Size c = 0; c < search.found && first < k; ++c)
+        if (search.keys[c] >= least) std::swap(search.latents[first++], search.latents[c]);
 }
 
 // The latents of each row that may be among its k largest, into its search.latents; their number
@@ -387,6 +398,7 @@ void screen_rows(Search* searches, const Screened* screened, Size rows, Size d_s
             candidates += reached(row.limit<1, float>(latent), least);
         }
         search.found = candidates;
+        put_likely_first(search, row, k);
     }
 }
 
@@ -394,20 +406,21 @@ void screen_rows(Search* searches, const Screened* screened, Size rows, Size d_s
 // for all tokens of the block, whose inputs stay in the cache.
 struct Rescoring {
     std::vector<int32_t> places; // of the candidates in [token, most], sorted by latent
-    std::vector<Size> ends;      // in `places`, of each latent's candidates
+    std::vector<Size> offsets;   // in `places`, of each latent's candidates
     std::vector<const float*> rows;
     std::vector<float> dots, scores;
 
     Rescoring(Size d_sae, Size tokens, Size most)
-        : ends(d_sae + 1), rows(tokens + kRowsAtOnce), dots(tokens + kRowsAtOnce),
+        : offsets(d_sae + 1), rows(tokens + kRowsAtOnce), dots(tokens + kRowsAtOnce),
           scores(tokens * most) {}
 
-    // Into scores[token, most]; `candidates` are counts[token] of each row of [token, most].
-    void score(const int32_t* candidates, const int32_t* counts, Size tokens, Size most,
-               const float* inputs, const float* W_enc, const float* b_enc, Size d_model) {
-        sort_by_latent(candidates, counts, tokens, most);
-        for (Size j = 0; j + 1 < static_cast<Size>(ends.size()); ++j) {
-            const Size begin = j == 0 ? 0 : ends[j - 1], count = ends[j] - begin;
+    // Into scores[token, most]: of the candidates from begins[t] to ends[t] of each row t.
+    void score(const int32_t* candidates, const int32_t* begins, const int32_t* ends, Size tokens,
+               Size most, const float* inputs, const float* W_enc, const float* b_enc,
+               Size d_model) {
+        sort_by_latent(candidates, begins, ends, tokens, most);
+        for (Size j = 0; j + 1 < static_cast<Size>(offsets.size()); ++j) {
+            const Size begin = j == 0 ? 0 : offsets[j - 1], count = offsets[j] - begin;
             if (count == 0) continue;
             for (Size e = 0; e < count; ++e)
                 rows[e] = row(inputs, places[begin + e] / most, d_model);
@@ -420,15 +433,17 @@ struct Rescoring {
     }
 
 private:
-    void sort_by_latent(const int32_t* candidates, const int32_t* counts, Size tokens, Size most) {
-        std::fill(ends.begin(), ends.end(), 0);
+    // A counting sort; it leaves in offsets[j] where latent j ends.
+    void sort_by_latent(const int32_t* candidates, const int32_t* begins, const int32_t* ends,
+                        Size tokens, Size most) {
+        std::fill(offsets.begin(), offsets.end(), 0);
         for (Size t = 0; t < tokens; ++t)
-            for (Size c = 0; c < counts[t]; ++c) ++ends[candidates[t * most + c] + 1];
-        for (size_t j = 1; j < ends.size(); ++j) ends[j] += ends[j - 1];
-        places.resize(ends.back());
+            for (Size c = begins[t]; c < ends[t]; ++c) ++offsets[candidates[t * most + c] + 1];
+        for (size_t j = 1; j < offsets.size(); ++j) offsets[j] += offsets[j - 1];
+        places.resize(offsets.back());
         for (Size t = 0; t < tokens; ++t)
-            for (Size c = 0; c < counts[t]; ++c)
-                places[ends[candidates[t * most + c]]++] = static_cast<int32_t>(t * most + c);
+            for (Size c = begins[t]; c < ends[t]; ++c)
+                places[offsets[candidates[t * most + c]]++] = static_cast<int32_t>(t * most + c);
     }
 };
 
@@ -529,13 +544,14 @@ void groupsae_select(Size threads, const float* pre_activations, Size tokens, Si
 }
 
 // From 8-bit products [token, d_sae] every latent that may be among a token's k largest, by the error
-// bound of its score: counts[t] of them, into row t of `candidates` [token, most]. Where there are
-// more than `most`, their number is `most` + 1, and none is given.
+// bound of its score: counts[t] of them, into row t of `candidates` [token, most], the k likeliest
+// first; and the largest score each can have, into `limits`. Where there are more than `most`, their
+// number is `most` + 1, and none is given.
 void groupsae_screen(Size threads, const int32_t* products, Size tokens, Size d_sae, Size d_model,
                      Size k, const float* input_scales, const float* input_norms,
                      const float* input_errors, const float* b_enc, const float* scales,
                      const float* norms, const float* errors, Size most, int32_t* candidates,
-                     int32_t* counts) {
+                     float* limits, int32_t* counts) {
 #pragma omp parallel num_threads(static_cast<int>(threads))
     {
         std::vector<Search> searches(kRowsScreened, Search(d_sae, k));
@@ -552,18 +568,22 @@ void groupsae_screen(Size threads, const int32_t* products, Size tokens, Size d_
             for (Size r = 0; r < rows; ++r) {
                 const Search& search = searches[r];
                 counts[first + r] = static_cast<int32_t>(std::min(search.found, most + 1));
-                if (search.found <= most)
-                    std::copy_n(search.latents.data(), search.found,
-                                candidates + (first + r) * most);
+                if (search.found > most) continue;
+                const Size place = (first + r) * most;
+                for (Size c = 0; c < search.found; ++c) {
+                    candidates[place + c] = search.latents[c];
+                    limits[place + c] = screened[r].limit<1, float>(search.latents[c]);
+                }
             }
         }
     }
 }
 
 // TopK(relu(pre-activations)) of each token among its candidates, as `screen` gave them, scored in
-// float32. Tokens with more than `most` are left as they are.
-void groupsae_rescore(Size threads, const int32_t* candidates, const int32_t* counts, Size tokens,
-                      Size most, Size d_sae, Size d_model, Size k, const float* inputs,
+// float32: first the k likeliest, then those that may still reach one of these; which they are is
+// written over the candidates. Tokens with more than `most` are left as they are.
+void groupsae_rescore(Size threads, int32_t* candidates, const float* limits, const int32_t* counts,
+                      Size tokens, Size most, Size d_sae, Size d_model, Size k, const float* inputs,
                       const float* W_enc, const float* b_enc, float* values, int32_t* indices) {
     const Size share = (tokens + threads - 1) / threads;
     const Size block = std::min(share, std::max(kBlockFloats / d_model, kRowsAtOnce));
@@ -571,20 +591,35 @@ void groupsae_rescore(Size threads, const int32_t* candidates, const int32_t* co
     {
         Rescoring rescoring(d_sae, block, most);
         std::vector<Key> keys(most + 1);
-        std::vector<int32_t> block_counts(block);
+        std::vector<int32_t> begins(block), ends(block);
 #pragma omp for schedule(dynamic, 1)
         for (Size start = 0; start < tokens; start += block) {
             const Size size = std::min(block, tokens - start);
-            const int32_t* block_candidates = candidates + start * most;
-            for (Size t = 0; t < size; ++t)
-                block_counts[t] = counts[start + t] > most ? 0 : counts[start + t];
-            rescoring.score(block_candidates, block_counts.data(), size, most,
-                            row(inputs, start, d_model), W_enc, b_enc, d_model);
+            int32_t* chosen = candidates + start * most;
+            const float* block_inputs = row(inputs, start, d_model);
+            for (Size t = 0; t < size; ++t) {
+                const Size count = counts[start + t];
+                begins[t] = 0;
+                ends[t] = static_cast<int32_t>(count > most ? 0 : std::min(count, k));
+            }
+            rescoring.score(chosen, begins.data(), ends.data(), size, most, block_inputs, W_enc,
+                            b_enc, d_model);
+            for (Size t = 0; t < size; ++t) {
+                begins[t] = ends[t];
+                if (ends[t] < k) continue;
+                const float* scores = rescoring.scores.data() + t * most;
+                float least = scores[0];
+                for (Size c = 1; c < k; ++c) least = scores[c] < least ? scores[c] : least;
+                for (Size c = k; c < counts[start + t]; ++c)
+                    if (reached(limits[(start + t) * most + c], least))
+                        chosen[t * most + ends[t]++] = chosen[t * most + c];
+            }
+            rescoring.score(chosen, begins.data(), ends.data(), size, most, block_inputs, W_enc,
+                            b_enc, d_model);
             for (Size t = 0; t < size; ++t)
                 if (counts[start + t] <= most)
-                    choose(keys, rescoring.scores.data() + t * most, block_candidates + t * most,
-                           block_counts[t], k, row(values, start + t, k),
-                           indices + (start + t) * k);
+                    choose(keys, rescoring.scores.data() + t * most, chosen + t * most, ends[t], k,
+                           row(values, start + t, k), indices + (start + t) * k);
         }
     }
 }

@@ -218,6 +218,7 @@ def _encode_screened(
     rows = _chunk_rows(len(inputs), 4 * d_sae)
     buffer = torch.empty(rows, d_sae, dtype=torch.int32)
     candidates = torch.empty(len(inputs), most, dtype=torch.int32)
+    limits = torch.empty(len(inputs), most)
     counts = torch.full((len(inputs),), most + 1, dtype=torch.int32)
     weights, rounded = _Rounded.of(W_enc), _Rounded.of(inputs)
     for start in range(0, len(inputs), rows):
@@ -232,14 +233,14 @@ def _encode_screened(
             "screen", products, tokens, d_sae, d_model, k,
             rounded.scales[chunk], rounded.norms[chunk], rounded.errors[chunk],
             b_enc, weights.scales, weights.norms, weights.errors,
-            most, candidates[chunk], counts[chunk],
+            most, candidates[chunk], limits[chunk], counts[chunk],
         )
         # fmt: on
         if int((counts[chunk] > most).sum()) > tokens // 2:
             break
     # fmt: off
     _call(
-        "rescore", candidates, counts, len(inputs), most, d_sae, d_model, k,
+        "rescore", candidates, limits, counts, len(inputs), most, d_sae, d_model, k,
         inputs, W_enc, b_enc, latents.values, latents.indices,
     )
     # fmt: on
