@@ -52,6 +52,17 @@ def test_same_as_dense_autograd_in_float64(tokens, d_model, d_sae, k, dead, seed
     assert_same(sae, make_batch(tokens, d_model, seed), mask)
 
 
+@pytest.mark.parametrize("few", [0, 10**9])
+@pytest.mark.parametrize("dead", [1, 40, 300])
+def test_both_ways_to_the_auxiliary_loss_are_that_of_dense_autograd(monkeypatch, few, dead):
+    monkeypatch.setattr(sparse, "_FEW", few)
+    monkeypatch.setattr(sparse, "_CHUNK_BYTES", 8 * 1000)  # several chunks
+    sae = random_sae(24, 400, 8).double()
+    mask = torch.zeros(400, dtype=torch.bool)
+    mask[torch.randperm(400, generator=torch.Generator().manual_seed(3))[:dead]] = True
+    assert_same(sae, random_batch(96, 24, dtype=torch.float64), mask)
+
+
 @pytest.mark.parametrize("dead", [0, 5, 300])
 def test_same_as_dense_autograd_in_float32(dead):
     sae = make_sae(32, 512, 16, dtype=torch.float32)

@@ -20,9 +20,8 @@ from groupsae.sae.autoencoder import SAE
 from groupsae.sae.kernels.reference import StepResult
 from groupsae.sae.sparsity import Latents
 
-_CHUNK_BYTES = (
-    16 * 2**20
-)  # of pre-activations: [token, d_sae] never exists whole, a chunk stays hot
+_CHUNK_BYTES = 16 * 2**20  # of pre-activations: [token, d_sae] never exists whole
+_FEW = 4  # times k dead latents: up to there matrix products over all of them are quicker
 
 
 @torch.no_grad()
@@ -142,14 +141,55 @@ def _add_auxk(
     """Add the auxiliary loss's gradients, weighted; returns the loss. Touches dead latents only."""
     which = dead.nonzero().squeeze(1)
     wanted = max(sae.config.d_model // 2, 1)
-    share = min(len(which) / wanted, 1.0)
-    latents = encode(inputs, sae.W_enc[which], sae.b_enc[which], min(wanted, len(which)))
+    k, share = min(wanted, len(which)), min(len(which) / wanted, 1.0)
+    scale = 2 * share * weight / variance
+    if len(which) <= _FEW * k:
+        squares = _add_dense_auxk(sae, inputs, residual, which, k, scale, gradients)
+        return share * squares / variance
+    latents = encode(inputs, sae.W_enc[which], sae.b_enc[which], k)
     decoded = _Decoded.of(Latents(latents.values, which[latents.indices]), sae.W_dec)
     error = decoded.rows.detach() - residual
-    output_gradient = error * (2 * share * weight / variance)
-    for name, gradient in _gradients(sae, inputs, decoded, output_gradient).items():
+    for name, gradient in _gradients(sae, inputs, decoded, error * scale).items():
         gradients[name] += gradient
     return share * error.square().sum() / variance
+
+
+def _add_dense_auxk(
+    sae: SAE,
+    inputs: Float[Tensor, "token d_model"],
+    residual: Float[Tensor, "token d_model"],
+    which: Int[Tensor, " latent"],
+    k: int,
+    scale: Float[Tensor, ""],
+    gradients: dict[str, Tensor],
+) -> Float[Tensor, ""]:
+    """The same by matrix products over all of `which`: quicker where they are few times k.
+
+    Returns the sum of squared errors.
+    """
+    W_enc, b_enc, W_dec = sae.W_enc[which], sae.b_enc[which], sae.W_dec[which]
+    sums = {
+        "W_enc": torch.zeros_like(W_enc),
+        "b_enc": torch.zeros_like(b_enc),
+        "W_dec": torch.zeros_like(W_dec),
+    }
+    squares = inputs.new_zeros(())
+    rows = max(_CHUNK_BYTES // (b_enc.element_size() * len(which)), 1)
+    for x, target in zip(torch.split(inputs, rows), torch.split(residual, rows), strict=True):
+        pre_activations = linear(x, W_enc, b_enc)
+        values, indices = torch.topk(pre_activations, k, sorted=False)
+        z = pre_activations.zero_().scatter_(1, indices, values.relu_())
+        error = linear(z, W_dec.T).sub_(target)
+        squares += error.square().sum()
+        error *= scale
+        z_gradient = linear(error, W_dec).mul_(z > 0)
+        sums["W_enc"].addmm_(z_gradient.T, x)
+        sums["b_enc"] += z_gradient.sum(0)
+        sums["W_dec"].addmm_(z.T, error)
+    for name, gradient in sums.items():
+        gradients[name].index_add_(0, which, gradient)
+    gradients["b_dec"] -= sums["b_enc"] @ W_enc
+    return squares
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ def update(
     norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), gradient_clip)
     remove_parallel_component(sae)
     adam.step()
+    adam.zero_grad(set_to_none=True)  # of many SAEs one steps at a time: no other's are kept
     normalize_decoder(sae)
     return norm
 
