@@ -174,9 +174,10 @@ class TrainingConfig(_Section):
         True, description="also train one SAE per layer, on the same tokens, to compare with"
     )
     kernel: Literal["auto", "torch", "cpu", "triton", "reference"] = Field(
-        "torch",
+        "auto",
         description="how a step is computed, always with the same result: plain PyTorch, compiled "
-        "for CPU or CUDA, dense autograd; auto: compiled on the CPU where a C++ compiler is there",
+        "for CPU or CUDA, dense autograd; auto: compiled on the CPU where a C++ compiler is there, "
+        "else plain PyTorch",
     )
     learning_rate: float | None = Field(
         None, gt=0, description="by default 2e-4 / sqrt(d_sae / 2^14), constant (paper)"

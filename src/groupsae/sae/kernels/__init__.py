@@ -60,6 +60,7 @@ class Update(Protocol):
 class Kernel(NamedTuple):
     """One way to train on a batch: its gradients, and what they do to the weights."""
 
+    name: str
     step: Step
     update: Update
 
@@ -75,9 +76,9 @@ def choose(name: str, device: torch.device) -> Kernel:
         InputError: A kernel was asked for by name that cannot run here.
     """
     if name == "reference":
-        return Kernel(reference.step, update)
+        return Kernel("reference", reference.step, update)
     if name == "torch":
-        return Kernel(sparse.step, update)
+        return Kernel("torch", sparse.step, update)
     if name == "triton":
         from groupsae.sae.kernels import triton
 
@@ -86,15 +87,15 @@ def choose(name: str, device: torch.device) -> Kernel:
                 f"training.kernel=triton needs an NVIDIA GPU and the package triton, and the SAEs "
                 f"are on {device}; set training.kernel=torch"
             )
-        return Kernel(triton.step, update)
+        return Kernel("triton", triton.step, update)
     if device.type == "cpu":
         from groupsae.sae.kernels import cpu
 
         if cpu.available():
-            return Kernel(cpu.step, cpu.update)
+            return Kernel("cpu", cpu.step, cpu.update)
     if name == "cpu":
         raise InputError(
             f"training.kernel=cpu needs a C++ compiler with OpenMP and SAEs on the CPU (they are "
             f"on {device}); install one, name it in CXX, or set training.kernel=torch"
         )
-    return Kernel(sparse.step, update)
+    return Kernel("torch", sparse.step, update)
