@@ -76,9 +76,9 @@ def choose(name: str, device: torch.device) -> Kernel:
         InputError: A kernel was asked for by name that cannot run here.
     """
     if name == "reference":
-        return Kernel("reference", reference.step, update)
+        return _kernel(name, reference.step, update)
     if name == "torch":
-        return Kernel("torch", sparse.step, update)
+        return _kernel("torch", sparse.step, update)
     if name == "triton":
         from groupsae.sae.kernels import triton
 
@@ -87,15 +87,36 @@ def choose(name: str, device: torch.device) -> Kernel:
                 f"training.kernel=triton needs an NVIDIA GPU and the package triton, and the SAEs "
                 f"are on {device}; set training.kernel=torch"
             )
-        return Kernel("triton", triton.step, update)
+        return _kernel(name, triton.step, update)
     if device.type == "cpu":
         from groupsae.sae.kernels import cpu
 
         if cpu.available():
-            return Kernel("cpu", cpu.step, cpu.update)
+            return _kernel("cpu", cpu.step, cpu.update)
     if name == "cpu":
         raise InputError(
             f"training.kernel=cpu needs a C++ compiler with OpenMP and SAEs on the CPU (they are "
             f"on {device}); install one, name it in CXX, or set training.kernel=torch"
         )
-    return Kernel("torch", sparse.step, update)
+    return _kernel("torch", sparse.step, update)
+
+
+def _kernel(name: str, step: Step, update: Update) -> Kernel:
+    """With a step that refuses what is no batch, and takes any floating dtype."""
+
+    def checked(
+        sae: SAE,
+        x: Tensor,
+        *,
+        dead: Bool[Tensor, " d_sae"] | None = None,
+        auxk_weight: float = 1 / 32,
+    ) -> StepResult:
+        d_model = sae.config.d_model
+        if x.dim() != 2 or x.shape[1] != d_model or not len(x) or not x.is_floating_point():
+            raise InputError(
+                f"{x.dtype} {list(x.shape)} is no batch of activations: [token, {d_model}] is "
+                "wanted, floating, with at least one token"
+            )
+        return step(sae, x.to(sae.W_enc.dtype), dead=dead, auxk_weight=auxk_weight)
+
+    return Kernel(name, checked, update)
