@@ -149,7 +149,8 @@ class _Trace:
 def _run(model: PreTrainedModel, traces: list[_Trace]) -> None:
     handles = [handle for trace in traces for handle in trace.hook()]
     try:
-        model(input_ids=_probe(model.get_input_embeddings().weight), use_cache=False)
+        # Without the head, whose weights need not be read from the disk for this.
+        model.base_model(input_ids=_probe(model.get_input_embeddings().weight), use_cache=False)
     except Exception as error:
         raise _refusal(type(model).__name__, f"cannot run on token ids alone ({error})") from error
     finally:

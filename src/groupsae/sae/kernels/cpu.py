@@ -214,7 +214,7 @@ def _encode_screened(
 ) -> Int[Tensor, " left"]:
     """Fill `latents` through the 8-bit product; returns the tokens that are left to do."""
     (d_sae, d_model), k = W_enc.shape, latents.values.shape[1]
-    most = max(d_sae // 8, 2 * k)  # candidates: more cost more than the float32 product
+    most = min(max(d_sae // 16, 8 * k), d_sae)  # candidates: more cost more than float32 does
     rows = _chunk_rows(len(inputs), 4 * d_sae)
     buffer = torch.empty(rows, d_sae, dtype=torch.int32)
     candidates = torch.empty(len(inputs), most, dtype=torch.int32)
