@@ -61,7 +61,7 @@ class Task:
 
     @property
     def contexts(self) -> int:
-        """Contexts in one step, and in one forward of the host model."""
+        """Contexts in one step."""
         return self.batch_tokens // self.context_length
 
     @property
@@ -177,18 +177,27 @@ class Stopwatch:
             self._peak_bytes = peak_bytes(self._task.device)
             raise Finished
 
-    def result(self, *, fvu: float, host_part: str = "host forward", **more: Any) -> Result:
+    def result(
+        self,
+        *,
+        fvu: float,
+        host_part: str = "host forward",
+        contexts: int | None = None,
+        **more: Any,
+    ) -> Result:
         """What the driver prints.
 
         Args:
             fvu: Fraction of variance unexplained in the last step, mean over SAEs.
             host_part: The part that is entered once per forward of the host model.
+            contexts: In one such forward; by default those of a step.
         """
         if self._done != self.total:
             raise RuntimeError(
                 f"{self._done} of {self.total} steps ended: the library's loop is not the one that "
                 "this driver was written for"
             )
+        share = (contexts or self._task.contexts) / self._task.contexts
         milliseconds = 1e3 * (self._stamps[-1] - self._stamps[0]) / self.steps
         parts = {name: 1e3 * seconds / self.steps for name, seconds in self._parts.items()}
         if parts:
@@ -199,7 +208,7 @@ class Stopwatch:
             "ms_per_step": milliseconds,
             "step_ms": [1e3 * (end - start) for start, end in pairs],
             "parts_ms": parts,
-            "forwards_per_step": self._calls[host_part] / self.steps,
+            "forwards_per_step": self._calls[host_part] * share / self.steps,
             "peak_bytes": self._peak_bytes,
             "baseline_bytes": self.baseline_bytes,
             "fvu": fvu,
