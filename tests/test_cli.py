@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from groupsae import cli
 from groupsae.config import keys
@@ -78,6 +79,39 @@ def test_plan_prints_the_published_costs(groupsae, model, A, T, G, saved):
     assert f"T = {T} PFLOP" in out
     row = next(line for line in out.splitlines() if re.match(rf"\W+{G} ", line))
     assert saved in row
+
+
+def test_plan_prints_the_memory_without_loading_the_host(groupsae, monkeypatch):
+    monkeypatch.setattr("groupsae.host.model.HostModel.load", None)
+    file = CONFIGS / "pythia-160m.yaml"
+    code, out, _ = groupsae("plan", file, "grouping.groups=6", "training.baseline=false")
+    assert code == 0
+    line = next(line for line in out.splitlines() if line.startswith("memory"))
+    blocks = 12 * 12 * 768**2 * 4
+    weights = (2 * 768 * 12_288 + 768 + 12_288) * 4
+    buffer = 6 * (262_144 + 16 * 1024) * 768 * 4
+    assert line.startswith(f"memory for G = 6: host {blocks / 1e6:.0f} MB, 6 SAEs with Adam ")
+    assert f"Adam {6 * 3 * weights / 1e9:.1f} GB" in line
+    assert f"buffer {buffer / 1e9:.1f} GB" in line
+    assert "without embeddings" in line
+    total = re.search(r": ([\d.]+ GB) in all", line)[1]
+    assert total in next(row for row in out.splitlines() if re.match(r"\W+6 ", row))
+
+
+def test_plan_takes_the_weights_of_a_host_that_is_loaded(groupsae, tiny_host_folder):
+    _, out, _ = groupsae("plan", f"host.name={tiny_host_folder}")
+    weights = sum(
+        tensor.nbytes for tensor in load_file(tiny_host_folder / "model.safetensors").values()
+    )
+    line = next(line for line in out.splitlines() if line.startswith("memory"))
+    assert f"G = 2 with a baseline, at most: host {weights / 1e3:.0f} kB, 2 SAEs with" in line
+    assert "without embeddings" not in line
+
+
+@pytest.mark.parametrize("asked", ["grouping.groups=3", "grouping.partition=0-2,3,4-6"])
+def test_plan_counts_the_planned_groups_and_their_baseline(groupsae, asked):
+    _, out, _ = groupsae("plan", "host.n_layers=8", "host.d_model=128", asked)
+    assert "memory for G = 3 with a baseline, at most: host 6 MB, 10 SAEs with Adam" in out
 
 
 def test_groups_of_a_matrix_from_elsewhere(groupsae, tmp_path):

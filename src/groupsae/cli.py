@@ -21,7 +21,10 @@ from groupsae.errors import InputError
 from groupsae.run import Run, cost_model, covered_layers, grouped
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from groupsae.grouping.table import PartitionTable
+    from groupsae.training.memory import MemoryAccount
 
 app = typer.Typer(
     help="Train one sparse autoencoder per group of similar layers of a language model.",
@@ -255,30 +258,81 @@ def _show_evaluation(rows: list[dict[str, Any]]) -> None:
 
 
 def _show_plan(config: Config) -> None:
-    n_layers, d_model = config.host.n_layers, config.host.d_model
+    from groupsae.training.memory import host_bytes, planned_host, size
+
+    asked = config.host
+    n_layers, d_model = asked.n_layers, asked.d_model
     if n_layers is None or d_model is None:
         from groupsae.host.model import HostModel
 
-        host = HostModel.load(config.host.name, revision=config.host.revision)
-        n_layers, d_model = host.n_layers, host.d_model
+        host = HostModel.load(
+            asked.name, revision=asked.revision, dtype=asked.dtype, device=asked.device
+        )
+        n_layers, d_model, weights, estimate = host.n_layers, host.d_model, host_bytes(host), ""
+    else:
+        weights = planned_host(asked.dtype, n_layers, d_model)
+        estimate = "; the host as 12 d_model^2 weights a block, without embeddings"
     cost = cost_model(config, n_layers, d_model)
-    layers = len(covered_layers(config, n_layers))
+    layers = covered_layers(config, n_layers)
     tokens = config.training.tokens
     out.print(
-        f"{config.host.name}: {n_layers} layers, d_model = {d_model}, d_sae = {cost.d_sae}, "
+        f"{asked.name}: {n_layers} layers, d_model = {d_model}, d_sae = {cost.d_sae}, "
         f"{tokens:,} tokens, {config.training.steps:,} steps of {config.training.batch_tokens:,}; "
         f"host forward A = {cost.forward_flops * tokens / 1e15:,.2f} PFLOP, "
         f"one SAE T = {cost.sae_flops * tokens / 1e15:,.2f} PFLOP",
         soft_wrap=True,
         markup=False,
     )
+    memory = _memory_by_groups(config, len(layers), d_model, weights)
+    planned = _planned_groups(config, layers)
+    baseline = " with a baseline, at most" if config.training.baseline else ""
+    out.print(
+        f"memory for G = {planned}{baseline}: {memory[planned]}{estimate}",
+        soft_wrap=True,
+        markup=False,
+    )
     table = Table(title="Predicted cost, C(G) = A + T G")
-    for column in ("G", "PFLOP", f"saved against one SAE for each of {layers} layers"):
+    saved = f"saved against one SAE for each of {len(layers)} layers"
+    for column in ("G", "PFLOP", saved, f"memory{baseline}"):
         table.add_column(column, justify="right")
-    for G in range(1, layers + 1):
-        pflop = cost.flops_per_token(G) * tokens / 1e15
-        table.add_row(str(G), f"{pflop:,.2f}", f"{cost.savings(G, layers):.0%}")
+    for G, account in memory.items():
+        pflop = f"{cost.flops_per_token(G) * tokens / 1e15:,.2f}"
+        table.add_row(str(G), pflop, f"{cost.savings(G, len(layers)):.0%}", size(account.total))
     _print(table)
+
+
+def _memory_by_groups(
+    config: Config, n_layers: int, d_model: int, host: int
+) -> dict[int, MemoryAccount]:
+    """What training holds for every G, with the baseline's SAEs where they are trained too."""
+    from groupsae.training.memory import MemoryAccount, most_saes
+
+    return {
+        G: MemoryAccount.of(
+            config,
+            n_saes=most_saes(G, n_layers, baseline=config.training.baseline),
+            d_model=d_model,
+            context_length=config.tokens.context_length,
+            host=host,
+        )
+        for G in range(1, n_layers + 1)
+    }
+
+
+def _planned_groups(config: Config, layers: Sequence[int]) -> int:
+    """G as far as it is fixed beforehand, else the most there can be."""
+    from groupsae.grouping.table import group_layers
+
+    asked = config.grouping
+    if asked.groups is None and asked.partition is None:
+        return len(layers)
+    return group_layers(
+        None,
+        layers=layers,
+        method="even" if asked.partition is None else "explicit",  # need no distances
+        groups=asked.groups,
+        partition=asked.partition,
+    ).chosen
 
 
 def _print(table: Table) -> None:

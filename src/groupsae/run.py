@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 
 from groupsae.config import Config
-from groupsae.directory import RunDirectory, read_json, write_json
+from groupsae.directory import RunDirectory, read_json, stored_config, write_json
 from groupsae.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from groupsae.host.model import HostModel
     from groupsae.host.tokens import Corpus, TokenStream
     from groupsae.sae import SAE
+
+log = logging.getLogger(__name__)
 
 _COUNTED_BEFOREHAND = 10_000_000  # tokens
 
@@ -107,6 +110,7 @@ class Run:
                 from groupsae.training.session import train_saes
 
                 partition = self._partition()
+                self._note_precision(partition.layers)
                 summary = train_saes(
                     self.host,
                     self.corpus.train(),
@@ -279,6 +283,28 @@ class Run:
 
         table = read_json(self._stages.need("partition.json", "groups"))
         return PartitionTable.from_json(table).partition
+
+    def _note_precision(self, layers: Sequence[int]) -> None:
+        """Measure, once, what an explicit 16-bit `host.dtype` changes in the residual streams."""
+        from groupsae.host.model import HostModel
+        from groupsae.host.precision import beside_float32
+
+        asked, stored = self.config.host, stored_config(self.directory)
+        noted = stored is not None and "host_precision" in (stored.provenance or {})
+        if asked.dtype not in ("bfloat16", "float16") or noted:
+            return
+        found = beside_float32(
+            self.host,
+            lambda: HostModel.load(
+                asked.name, revision=asked.revision, dtype="float32", device=asked.device
+            ),
+            self.corpus.train(),
+            layers,
+            self._special,
+        )
+        if found is not None:
+            log.info("%s", found)
+            self._stages.note_provenance(host_precision=str(found))
 
     def _check_sizes(self) -> None:
         from groupsae.grouping.table import group_layers

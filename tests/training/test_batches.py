@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from groupsae.errors import InputError
+from groupsae.host.ahead import ContextsAhead
+from groupsae.host.model import HostModel
 from groupsae.host.tokens import EndOfText
 from groupsae.sae import SAE, SAEConfig
 from groupsae.training.batches import MixedBatches, NormLimit
+from groupsae.training.side_stream import SideStream
+from tests.host.tiny_models import tiny_model
 
 
 def make_sae(layers: tuple[int, ...], seed: int = 0) -> SAE:
@@ -30,7 +35,8 @@ def make_batches(host, corpus, saes, **changes) -> MixedBatches:
         "special": (0,),
         "seed": 3,
     }
-    return MixedBatches(host, corpus.train(), saes, **(settings | changes))
+    stream = changes.pop("stream", None) or corpus.train()
+    return MixedBatches(host, stream, saes, **(settings | changes))
 
 
 def rows_of(x):
@@ -43,6 +49,14 @@ def normalised_rows(host, corpus, sae, layer, contexts=200):
     x = host.residual_streams(ids, [layer])[layer][ids != 0]
     member = sae.layers.index(layer)
     return (x - sae.mean[member]) * sae.scale[member]
+
+
+def norms_and_limit(host, corpus, layers, contexts=200):
+    """Every non-special token's norm by layer, and a limit that many of them exceed."""
+    ids = corpus.train().next_contexts(contexts)
+    streams = host.residual_streams(ids, list(layers))
+    norms = {layer: x[ids != 0].norm(dim=-1) for layer, x in streams.items()}
+    return norms, NormLimit(1.2, {layer: float(norm.mean()) for layer, norm in norms.items()})
 
 
 def nearest(rows, table):
@@ -129,10 +143,7 @@ def test_no_more_text_is_read_than_the_tokens_take(host, corpus):
 
 def test_long_tokens_are_left_out_of_every_sae_and_counted(host, corpus):
     saes = {"group": make_sae((0, 1)), "one": make_sae((1,))}
-    ids = corpus.train().next_contexts(200)
-    streams = host.residual_streams(ids, [0, 1])
-    norms = {layer: x[ids != 0].norm(dim=-1) for layer, x in streams.items()}
-    limit = NormLimit(1.2, {layer: float(norm.mean()) for layer, norm in norms.items()})
+    norms, limit = norms_and_limit(host, corpus, (0, 1))
     batches = make_batches(host, corpus, saes, norm_limit=limit)
     rows = torch.cat([batches.next()["one"] for _ in range(16)])
     read = batches.excluded.kept + batches.excluded.long
@@ -185,3 +196,196 @@ def test_a_nan_in_the_activations_is_named_by_its_layer(host, corpus):
         weight.data.copy_(before)
     with pytest.raises(InputError, match=r"layer 1 .* NaN or infinite .*host\.dtype=float32"):
         batches.check_finite()
+
+
+class LateStream:
+    """A side stream whose work is done as late as it may be: nobody sees it before `join`."""
+
+    def __init__(self):
+        self.shared, self.late = [], []
+
+    def share(self, *tensors):
+        self.shared += tensors
+
+    @contextmanager
+    def work(self):
+        self.join()
+        before = [tensor.clone() for tensor in self.shared]
+        yield
+        self.late = [tensor.clone() for tensor in self.shared]
+        for tensor, value in zip(self.shared, before, strict=True):
+            tensor.copy_(value)
+
+    def join(self):
+        for tensor, value in zip(self.shared, self.late):  # noqa: B905, there may be none
+            tensor.copy_(value)
+        self.late = []
+
+
+@pytest.fixture
+def late_stream(monkeypatch):
+    def side_stream(device, *, overlap):
+        return LateStream() if overlap else SideStream(device, overlap=False)
+
+    monkeypatch.setattr("groupsae.training.batches.SideStream", side_stream)
+
+
+def given(batches, number=None):
+    """The next batches, and how the text is said to end if it does."""
+    end, rows = "", []
+    try:
+        while len(rows) != number and batches.handed_out < batches.total_tokens:
+            rows.append({name: x.clone() for name, x in batches.next().items()})
+    except EndOfText as error:
+        end = str(error)
+    return rows, end
+
+
+def assert_same(these, those):
+    assert these[1] == those[1]
+    for this, that in zip(these[0], those[0], strict=True):
+        assert this.keys() == that.keys()
+        for name in this:
+            assert torch.equal(this[name], that[name])
+
+
+def saved(batches):
+    tensors, rest = batches.state()
+    return {name: tensor.clone() for name, tensor in tensors.items()}, rest
+
+
+# A forward fills several batches; several forwards fill one; the buffer is but one batch.
+SIZES = [
+    {"contexts": 32},
+    {"contexts": 5},
+    {"contexts": 5, "buffer_tokens": 128},
+]
+
+
+@pytest.mark.usefixtures("late_stream")
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("sizes", SIZES)
+class TestOverlap:
+    @pytest.fixture
+    def make(self, host, corpus, sizes, limited):
+        saes = {"group": make_sae((0, 1, 2)), "one": make_sae((1,))}
+        limit = norms_and_limit(host, corpus, (0, 1, 2))[1] if limited else None
+
+        def make(**changes):
+            settings = {"total_tokens": 1280, "norm_limit": limit, **sizes, **changes}
+            return make_batches(host, corpus, saes, **settings)
+
+        return make
+
+    def test_it_changes_no_batch_and_reads_no_more(self, make):
+        plain, overlapping = make(overlap=False), make(overlap=True)
+        assert_same(given(overlapping), given(plain))
+        assert overlapping.excluded == plain.excluded
+        assert overlapping.stream.state_dict() == plain.stream.state_dict()
+        assert bool(plain.excluded.long) == (plain.norm_limit is not None)
+
+    def test_what_the_next_batch_needs_is_read_when_one_is_handed_out(self, make):
+        plain, overlapping = make(overlap=False), make(overlap=True)
+        plain.next()
+        while plain.handed_out < plain.total_tokens:
+            before = plain.stream.tokens_seen
+            plain.next()
+            overlapping.next()
+            needed, read = plain.stream.tokens_seen, overlapping.stream.tokens_seen
+            if plain.norm_limit is None:
+                assert read == needed
+            else:  # how many rows of a forward stay is not known yet
+                assert before < read <= needed or before == read == needed
+                assert read <= before + plain.contexts * 16
+
+    @pytest.mark.parametrize("then", [False, True])
+    def test_a_state_continues_with_the_same_batches(self, make, then):
+        expected = given(make(overlap=False))
+        batches = make(overlap=True)
+        first, _ = given(batches, 5)
+        state = saved(batches)
+        assert_same((first + given(batches, 4)[0], ""), (expected[0][:9], ""))
+        continued = make(overlap=then, seed=99)
+        given(continued, 2)  # it may be under way already
+        continued.load_state(*state)
+        assert_same((first + given(continued)[0], ""), expected)
+
+    def test_text_that_ends_is_missed_by_the_batch_that_needs_it_alone(self, make):
+        plain, overlapping = (make(overlap=o, total_tokens=10**7) for o in (False, True))
+        for batches in (plain, overlapping):
+            with pytest.raises(EndOfText) as end:
+                batches.stream.next_contexts(10**5)
+            batches.stream.next_contexts(end.value.contexts_left - 70)
+        expected = given(plain)
+        assert "is used up" in expected[1]
+        assert len(expected[0]) > 1
+        assert_same(given(overlapping), expected)
+        (tensors, rest), (expected_tensors, expected_rest) = saved(overlapping), saved(plain)
+        assert rest == expected_rest
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, expected_tensors[name])
+        with pytest.raises(EndOfText):
+            overlapping.next()
+
+    def test_a_nan_is_seen_when_it_is_read(self, make, host):
+        batches = make(overlap=True)
+        batches.next()
+        batches.check_finite()
+        bias = host.blocks[1].mlp.dense_4h_to_h.bias
+        before, read = bias.detach().clone(), batches.stream.tokens_seen
+        try:
+            bias.data[3] = float("nan")
+            while batches.stream.tokens_seen == read:
+                batches.next()
+        finally:
+            bias.data.copy_(before)
+        with pytest.raises(InputError, match="layer 1 "):
+            batches.check_finite()
+
+
+def test_contexts_read_ahead_give_the_same_batches_and_states(host, corpus):
+    saes = {"group": make_sae((0, 1, 2)), "one": make_sae((1,))}
+    plain = make_batches(host, corpus, saes)
+    with ContextsAhead(corpus.train()) as stream:
+        ahead = make_batches(host, corpus, saes, stream=stream)
+        for _ in range(2):
+            assert_same(given(ahead, 5), given(plain, 5))
+            state = saved(plain)
+            assert saved(ahead)[1] == state[1]
+            ahead.load_state(*state)
+
+
+def test_on_the_cpu_nothing_is_read_before_it_is_needed(host, corpus):
+    batches = make_batches(host, corpus, {"one": make_sae((1,))})
+    batches.next()
+    assert not batches.overlap
+    assert batches.filled < batches.buffer_tokens + 8 * 16 - 128
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_on_cuda_overlap_changes_no_batch(corpus, sizes, limited):
+    host = HostModel(tiny_model("gpt_neox").cuda())
+    saes = {"group": make_sae((0, 1, 2)).cuda(), "one": make_sae((1,)).cuda()}
+    limit = norms_and_limit(host, corpus, (0, 1, 2))[1] if limited else None
+
+    def run(overlap):
+        batches = make_batches(host, corpus, saes, norm_limit=limit, overlap=overlap, **sizes)
+        assert batches.overlap is overlap
+        rows = []
+        for step in range(16):
+            rows += given(batches, 1)[0]
+            torch.cuda._sleep(3_000_000)  # as SAEs that step: what does not wait reads too early
+            scratch = torch.full((64, 1024, 32), float("nan"), device="cuda")  # freed memory's use
+            if step == 7:
+                state = saved(batches)
+            del scratch
+        batches.check_finite()
+        batches.load_state(*state)
+        again = given(batches)[0]
+        assert_same((again, ""), (rows[8:], ""))
+        return rows, ""
+
+    assert make_batches(host, corpus, saes).overlap
+    assert_same(run(True), run(False))

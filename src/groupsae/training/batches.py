@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,9 +13,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from groupsae.errors import InputError
+from groupsae.host.ahead import ContextsAhead
 from groupsae.host.model import HostModel
-from groupsae.host.tokens import TokenStream, special_mask
+from groupsae.host.tokens import EndOfText, TokenStream, special_mask
 from groupsae.sae import SAE
+from groupsae.training.side_stream import SideStream
 
 
 @dataclass
@@ -52,6 +55,9 @@ class MixedBatches:
     on the CPU, so that a GPU is never waited for (but for a `norm_limit`, which must know how many
     rows it leaves).
 
+    With `overlap`, a batch is handed out with the forward for the next one under way, on a CUDA
+    stream of its own, while the SAEs step on the current stream. The batches are the same.
+
     Args:
         saes: By name; every SAE takes part in every batch.
         total_tokens: Tokens to hand out in all. No more text is read than that takes.
@@ -60,12 +66,14 @@ class MixedBatches:
         special: Token ids to leave out.
         norm_limit: Leaves out tokens of extraordinary norm; None keeps them.
         seed: Of the layer draws and of the shuffling.
+        overlap: By default on CUDA alone: elsewhere there is nothing to overlap, and the forward
+            would hold its memory beside that of a batch.
     """
 
     def __init__(
         self,
         host: HostModel,
-        stream: TokenStream,
+        stream: TokenStream | ContextsAhead,
         saes: Mapping[str, SAE],
         *,
         total_tokens: int,
@@ -75,11 +83,13 @@ class MixedBatches:
         special: Iterable[int] = (),
         norm_limit: NormLimit | None = None,
         seed: int = 0,
+        overlap: bool | None = None,
     ) -> None:
         self.host, self.stream, self.saes = host, stream, dict(saes)
         self.total_tokens, self.batch_tokens = total_tokens, batch_tokens
         self.buffer_tokens, self.contexts = buffer_tokens, contexts
         self.special, self.norm_limit = tuple(special), norm_limit
+        self.overlap = host.device.type == "cuda" if overlap is None else overlap
         self.excluded = Excluded()
         self.filled = 0
         self.handed_out = 0
@@ -88,6 +98,9 @@ class MixedBatches:
         self.finite = torch.ones(host.n_layers, dtype=torch.bool, device=host.device)
         self._layer_draws = torch.Generator().manual_seed(2 * seed)
         self._row_draws = torch.Generator().manual_seed(2 * seed + 1)
+        self._new: _NewRows | None = None
+        self._side = SideStream(host.device, overlap=self.overlap)
+        self._side.share(self.buffer, self.finite)
 
     def next(self) -> dict[str, Float[Tensor, "token d_model"]]:
         """The next mixed batch of normalised activations, by SAE.
@@ -95,11 +108,8 @@ class MixedBatches:
         Raises:
             EndOfText: If the text is used up before `total_tokens` are handed out.
         """
-        while self.filled < self.buffer_tokens:
-            missing = self.total_tokens - self.handed_out - self.filled
-            if missing <= 0:
-                break
-            self._read_contexts(min(self.contexts, -(-missing // self.stream.context_length)))
+        self._fill()
+        self._side.join()
         drawn = torch.randperm(self.filled, generator=self._row_draws)[: self.batch_tokens]
         rows = self._moved(drawn)
         batch = {
@@ -107,10 +117,14 @@ class MixedBatches:
         }
         self._close_gaps(drawn)
         self.handed_out += len(drawn)
+        if self.overlap:
+            with suppress(EndOfText):  # raised again when a batch that needs the text is asked for
+                self._fill(ahead=True)
         return batch
 
     def check_finite(self) -> None:
         """Raise if an activation since the start was NaN or infinite."""
+        self._side.join()
         if not bool(self.finite.all()):
             layer = int(self.finite.logical_not().nonzero()[0])
             raise InputError(
@@ -120,6 +134,8 @@ class MixedBatches:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that determines the batches to come: tensors, and a JSON-able rest."""
+        self._count_new_rows()
+        self._side.join()
         tensors = {
             "buffer": self.buffer[:, : self.filled],
             "layer_draws": self._layer_draws.get_state(),
@@ -134,6 +150,8 @@ class MixedBatches:
 
     def load_state(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
         """Continue from what :meth:`state` gave."""
+        self._side.join()
+        self._new = None
         self.filled = tensors["buffer"].shape[1]
         self.buffer[:, : self.filled] = tensors["buffer"].to(self.buffer.device)
         self._layer_draws.set_state(tensors["layer_draws"])
@@ -142,8 +160,29 @@ class MixedBatches:
         self.handed_out = rest["handed_out"]
         self.excluded = Excluded(**rest["excluded"])
 
+    def _fill(self, *, ahead: bool = False) -> None:
+        """Read contexts until the buffer is full, or holds all the tokens that are still wanted.
+
+        Ahead of time no forward is waited for: with a `norm_limit` there is one, since how many of
+        its rows stay decides whether another is needed.
+        """
+        self._count_new_rows()
+        while contexts := self._wanted_contexts():
+            with self._side.work():
+                self._read_contexts(contexts)
+            if ahead and self.norm_limit is not None:
+                break
+            self._count_new_rows()
+
+    def _wanted_contexts(self) -> int:
+        """Contexts of the next forward; 0 if none is needed."""
+        missing = self.total_tokens - self.handed_out - self.filled
+        if self.filled >= self.buffer_tokens or missing <= 0:
+            return 0
+        return min(self.contexts, -(-missing // self.stream.context_length))
+
     def _read_contexts(self, contexts: int) -> None:
-        """Run the host model on further contexts and add their tokens to the buffer."""
+        """Run the host model on further contexts; their tokens go to the buffer's free end."""
         input_ids = self.stream.next_contexts(contexts)
         kept = (~special_mask(input_ids, self.special)).flatten().nonzero().squeeze(1)
         too_long = torch.zeros(len(kept), dtype=torch.bool, device=self.host.device)
@@ -164,14 +203,9 @@ class MixedBatches:
             for write in writers[layer]:
                 write(x)
 
-        self.host.visit(input_ids, {layer: partial(visit, layer) for layer in writers})
-        added = len(kept)
-        if self.norm_limit is not None:
-            added = self._drop(too_long)
-        self.filled += added
-        self.excluded.special += input_ids.numel() - len(kept)
-        self.excluded.long += len(kept) - added
-        self.excluded.kept += added
+        visitors = {layer: partial(visit, layer) for layer in writers}
+        self.host.visit(self._pinned(input_ids), visitors)
+        self._new = _NewRows(input_ids.numel(), too_long)
 
     def _draw_members(self, tokens: int, members: int) -> Int[Tensor, " token"]:
         if members == 1:  # no draw: a baseline's tokens must not depend on the groups beside it
@@ -185,6 +219,20 @@ class MixedBatches:
         chosen = x.index_select(0, self._moved(positions))
         rows = self._moved(rows + self.filled)
         self.buffer[index].index_copy_(0, rows, sae.normalize(chosen, layer))
+
+    def _count_new_rows(self) -> None:
+        """Add the rows of the last forward, but for those that are too long, to the filled ones."""
+        if self._new is None:
+            return
+        written = added = len(self._new.too_long)
+        if self.norm_limit is not None:
+            with self._side.work():
+                added = self._drop(self._new.too_long)
+        self.filled += added
+        self.excluded.special += self._new.tokens - written
+        self.excluded.long += written - added
+        self.excluded.kept += added
+        self._new = None
 
     def _drop(self, too_long: Bool[Tensor, " token"]) -> int:
         """Close up the new rows over those that are too long; returns how many stay."""
@@ -204,4 +252,16 @@ class MixedBatches:
 
     def _moved(self, indices: Int[Tensor, " index"]) -> Int[Tensor, " index"]:
         """Indices from the CPU, where the buffer is."""
-        return indices.to(self.buffer.device, non_blocking=True)
+        return self._pinned(indices).to(self.buffer.device, non_blocking=True)
+
+    def _pinned(self, indices: Int[Tensor, "*index"]) -> Int[Tensor, "*index"]:
+        """In memory that a GPU copies from without waiting for the work before it."""
+        return indices.pin_memory() if self.buffer.is_cuda else indices
+
+
+@dataclass(frozen=True)
+class _NewRows:
+    """Rows of a forward behind the filled part of the buffer, not yet counted."""
+
+    tokens: int  # of its contexts, special ones too
+    too_long: Bool[Tensor, " row"]

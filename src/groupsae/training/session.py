@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,14 +16,18 @@ from torch import Tensor
 from groupsae.config import Config
 from groupsae.errors import InputError
 from groupsae.grouping.distance import Moments
+from groupsae.host.ahead import ContextsAhead
 from groupsae.host.model import HostModel
 from groupsae.host.tokens import TokenStream
 from groupsae.sae import SAE, SAEConfig, directory_name
 from groupsae.training.batches import MixedBatches, NormLimit
 from groupsae.training.checkpoint import Checkpoints
 from groupsae.training.learner import Learner
+from groupsae.training.memory import MemoryAccount, host_bytes
 from groupsae.training.trackers import open_tracker
 from groupsae.training.trainer import Record, train
+
+_log = logging.getLogger(__name__)
 
 
 def train_saes(
@@ -52,13 +57,22 @@ def train_saes(
     """
     training = config.training
     names = _names(groups, baseline=training.baseline)
+    memory = MemoryAccount.of(
+        config,
+        n_saes=len(names),
+        d_model=host.d_model,
+        context_length=stream.context_length,
+        host=host_bytes(host),
+    )
+    _log.info("memory: %s", memory)
     saes = {
         own[0]: new_sae(layers, moments, config).to(host.device) for layers, own in names.items()
     }
     aliases = {own[0]: own for own in names.values()}
+    contexts = ContextsAhead(stream, ahead=2 * training.host_batch_contexts)
     batches = MixedBatches(
         host,
-        stream,
+        contexts,
         saes,
         total_tokens=training.steps * training.batch_tokens,
         batch_tokens=training.batch_tokens,
@@ -70,7 +84,7 @@ def train_saes(
     )
     learners = {name: Learner(sae, training) for name, sae in saes.items()}
     checkpoints = Checkpoints(directory / "checkpoints", key, training.checkpoints_kept)
-    with open_tracker(training.tracker, directory, checkpoints.step(), config) as log:
+    with contexts, open_tracker(training.tracker, directory, checkpoints.step(), config) as log:
 
         def log_by_every_name(record: Record) -> None:
             for name in aliases[record["sae"]]:

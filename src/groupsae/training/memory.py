@@ -1,0 +1,123 @@
+"""What training holds in memory, by sizes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from groupsae.config import Config
+
+if TYPE_CHECKING:
+    from groupsae.host.model import HostModel
+
+_FLOAT32 = 4
+_COUNTER = 8  # int64
+_CHUNK_BYTES = {"torch": 16 * 2**20, "cpu": 16 * 2**20, "triton": 32 * 2**20}  # as the kernels'
+_HALF = ("bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class MemoryAccount:
+    """What training holds at the same time, in bytes. SAEs and buffer are float32.
+
+    The rest of a process comes on top: its libraries, and what a forward or a step holds for a
+    moment. So does the copy of the buffer that a checkpoint is written from.
+
+    Attributes:
+        n_saes: How many SAEs are trained side by side.
+        host: Weights of the host model.
+        saes: Weights of all SAEs.
+        moments: Adam's two, of all SAEs.
+        gradients: Of one SAE: they step one after another.
+        buffer: The shuffle buffer, with room for the rows of one forward.
+        batch: One mixed batch for every SAE.
+        chunk: Pre-activations that a kernel holds at a time.
+        counters: How long each latent has been silent.
+    """
+
+    n_saes: int
+    host: int
+    saes: int
+    moments: int
+    gradients: int
+    buffer: int
+    batch: int
+    chunk: int
+    counters: int
+
+    @classmethod
+    def of(
+        cls, config: Config, *, n_saes: int, d_model: int, context_length: int, host: int
+    ) -> MemoryAccount:
+        """The account of what `config.sae` and `config.training` ask for.
+
+        Args:
+            context_length: Tokens per context.
+            host: Bytes of the host model's weights: see :func:`host_bytes`, :func:`planned_host`.
+        """
+        training, d_sae = config.training, config.sae.width(d_model)
+        weights = _FLOAT32 * (2 * d_model * d_sae + d_sae + d_model)
+        row = _FLOAT32 * n_saes * d_model
+        forward = training.host_batch_contexts * context_length
+        chunk = _FLOAT32 * training.batch_tokens * d_sae
+        if training.kernel != "reference":
+            chunk = min(chunk, _CHUNK_BYTES.get(training.kernel, _CHUNK_BYTES["torch"]))
+        return cls(
+            n_saes=n_saes,
+            host=host,
+            saes=n_saes * weights,
+            moments=n_saes * 2 * weights,
+            gradients=weights,
+            buffer=row * (training.buffer_tokens + forward),
+            batch=row * training.batch_tokens,
+            chunk=chunk,
+            counters=_COUNTER * n_saes * d_sae,
+        )
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, part.name) for part in fields(self) if part.name != "n_saes")
+
+    def __str__(self) -> str:
+        """The account in one line, in decimal units."""
+        saes = "one SAE" if self.n_saes == 1 else f"{self.n_saes} SAEs"
+        return (
+            f"host {size(self.host)}, {saes} with Adam {size(self.saes + self.moments)}, "
+            f"gradients of one {size(self.gradients)}, buffer {size(self.buffer)}, "
+            f"batch {size(self.batch)}, pre-activations {size(self.chunk)}, "
+            f"counters {size(self.counters)}: {size(self.total)} in all"
+        )
+
+
+def host_bytes(host: HostModel) -> int:
+    """Bytes of a host model's weights, as they are in memory."""
+    return sum(weight.nbytes for weight in host.model.parameters())
+
+
+def planned_host(dtype: str, n_layers: int, d_model: int) -> int:
+    """Bytes of a host model that is not loaded: 12 d_model^2 weights a block, no embeddings.
+
+    Args:
+        dtype: As `host.dtype`; "auto" is taken as float32, which it is on the CPU.
+    """
+    weight = 2 if dtype in _HALF else 8 if dtype == "float64" else _FLOAT32
+    return weight * n_layers * 12 * d_model**2
+
+
+def most_saes(G: int, n_layers: int, *, baseline: bool) -> int:
+    """The largest number of SAEs that G groups of n_layers layers can mean.
+
+    With a baseline there is one more per layer, but for groups of one layer: such a group and that
+    layer's baseline are the same SAE. At least 2 G - n_layers of the groups are of one layer.
+    """
+    return G + n_layers - max(2 * G - n_layers, 0) if baseline else G
+
+
+def size(number: int) -> str:
+    """Bytes in decimal units, as they are read: "4.1 GB", "692 MB"."""
+    if number >= 10**9:
+        return f"{number / 10**9:,.1f} GB"
+    if number >= 10**6:
+        return f"{number / 10**6:.0f} MB"
+    return f"{number / 10**3:.0f} kB"
