@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -112,9 +112,7 @@ class MixedBatches:
         self._side.join()
         drawn = torch.randperm(self.filled, generator=self._row_draws)[: self.batch_tokens]
         rows = self._moved(drawn)
-        batch = {
-            name: self.buffer[index].index_select(0, rows) for index, name in enumerate(self.saes)
-        }
+        batch = {name: filled.index_select(0, rows) for name, filled in self._rows()}
         self._close_gaps(drawn)
         self.handed_out += len(drawn)
         if self.overlap:
@@ -137,7 +135,7 @@ class MixedBatches:
         self._count_new_rows()
         self._side.join()
         tensors = {
-            "buffer": self.buffer[:, : self.filled],
+            **{f"buffer.{name}": rows[: self.filled] for name, rows in self._rows()},
             "layer_draws": self._layer_draws.get_state(),
             "row_draws": self._row_draws.get_state(),
         }
@@ -152,8 +150,10 @@ class MixedBatches:
         """Continue from what :meth:`state` gave."""
         self._side.join()
         self._new = None
-        self.filled = tensors["buffer"].shape[1]
-        self.buffer[:, : self.filled] = tensors["buffer"].to(self.buffer.device)
+        for name, rows in self._rows():
+            saved = tensors[f"buffer.{name}"]
+            self.filled = len(saved)
+            rows[: self.filled] = saved
         self._layer_draws.set_state(tensors["layer_draws"])
         self._row_draws.set_state(tensors["row_draws"])
         self.stream.load_state_dict(rest["stream"])
@@ -247,8 +247,14 @@ class MixedBatches:
         is_taken[taken] = True
         gaps = is_taken[:left].nonzero().squeeze(1)
         movers = (~is_taken[left:]).nonzero().squeeze(1) + left
-        self.buffer[:, self._moved(gaps)] = self.buffer[:, self._moved(movers)]
+        gaps, movers = self._moved(gaps), self._moved(movers)
+        for _, rows in self._rows():  # one by one: the temporary is one SAE's
+            rows[gaps] = rows[movers]
         self.filled = left
+
+    def _rows(self) -> Iterator[tuple[str, Float[Tensor, "row d_model"]]]:
+        """Every SAE's part of the buffer."""
+        return zip(self.saes, self.buffer, strict=True)
 
     def _moved(self, indices: Int[Tensor, " index"]) -> Int[Tensor, " index"]:
         """Indices from the CPU, where the buffer is."""

@@ -752,12 +752,12 @@ void groupsae_sum_rows(Size threads, const Size* offsets, const int32_t* order,
 }
 
 // One step of Adam on each row of `weights`: m and v are the running means of the gradient and of its
-// square; `rate` is the learning rate over m's bias correction, `unbias` the root of v's inverse
+// square, which keep `beta1` and `beta2` of what they were and take the rest of what is new; `rate` is the learning rate over m's bias correction, `unbias` the root of v's inverse
 // one. The gradient is first multiplied by `factor`. With `on_sphere` rows have unit norm: the
 // gradient's component along the row is left out, and the row is brought back to unit norm.
 void groupsae_adam(Size threads, const float* gradients, Size count, Size width, float factor,
-                   float beta1, float beta2, float rate, float unbias, float epsilon,
-                   Size on_sphere, float* weights, float* means, float* squares) {
+                   float beta1, float rest1, float beta2, float rest2, float rate, float unbias,
+                   float epsilon, Size on_sphere, float* weights, float* means, float* squares) {
 #pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
     for (Size r = 0; r < count; ++r) {
         const float* g = row(gradients, r, width);
@@ -769,8 +769,8 @@ void groupsae_adam(Size threads, const float* gradients, Size count, Size width,
 #pragma omp simd reduction(+ : norm)
         for (Size i = 0; i < width; ++i) {
             const float gradient = factor * (g[i] - along * w[i]);
-            m[i] = beta1 * m[i] + (1 - beta1) * gradient;
-            v[i] = beta2 * v[i] + (1 - beta2) * gradient * gradient;
+            m[i] = beta1 * m[i] + rest1 * gradient;
+            v[i] = beta2 * v[i] + rest2 * gradient * gradient;
             w[i] -= rate * m[i] / (std::sqrt(v[i]) * unbias + epsilon);
             norm += w[i] * w[i];
         }

@@ -150,8 +150,9 @@ def update(
         # fmt: off
         _call(
             "adam", gradients[name], weights.numel() // weights.shape[-1], weights.shape[-1],
-            factor, beta1, beta2, group["lr"] / (1 - beta1**step), (1 - beta2**step) ** -0.5,
-            group["eps"], int(name == "W_dec"), weights, state["exp_avg"], state["exp_avg_sq"],
+            factor, beta1, 1 - beta1, beta2, 1 - beta2,  # the rest in double: 0.999f is not 0.999
+            group["lr"] / (1 - beta1**step), (1 - beta2**step) ** -0.5, group["eps"],
+            int(name == "W_dec"), weights, state["exp_avg"], state["exp_avg_sq"],
         )
         # fmt: on
     return norm
