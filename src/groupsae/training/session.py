@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from groupsae.allocator import keep_freed_memory
 from groupsae.config import Config
 from groupsae.errors import InputError
 from groupsae.grouping.distance import Moments
@@ -65,6 +66,8 @@ def train_saes(
         host=host_bytes(host),
     )
     _log.info("memory: %s", memory)
+    if host.device.type == "cpu":
+        keep_freed_memory()
     saes = {
         own[0]: new_sae(layers, moments, config).to(host.device) for layers, own in names.items()
     }

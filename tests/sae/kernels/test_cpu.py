@@ -280,6 +280,33 @@ def test_top_k_with_norms_and_biases_of_all_sizes(product):
     assert_top_k(cpu.encode(x, sae.W_enc, sae.b_enc, 16), x, sae.W_enc, sae.b_enc, 16)
 
 
+def test_top_k_with_biases_that_dwarf_all_scores(product):
+    """What is chosen is right to the rounding of the sums with the biases, and their values."""
+    sae, x = make_sae(48, 1200), make_batch(60, 48)
+    W_enc, b_enc = 1e-5 * sae.W_enc.detach(), 1e4 + sae.b_enc.detach().round()
+    latents = cpu.encode(x, W_enc, b_enc, 16)
+    exact = x.double() @ W_enc.double().T + b_enc.double()
+    chosen = exact.gather(1, latents.indices.long())
+    assert ((latents.values.double() - chosen).abs() <= 1e-3).all()
+    assert (chosen.amin(1) >= exact.topk(16).values.amin(1) - 2e-3).all()
+
+
+@pytest.mark.parametrize("order", ["falling", "rising", "mixed"])
+def test_top_k_where_tokens_reach_less_than_those_before(product, order):
+    sae, x = make_sae(48, 1200), make_batch(200, 48)
+    towards = torch.linspace(3, 0, 200).unsqueeze(1)
+    x = (
+        x
+        + {"falling": towards, "rising": towards.flip(0), "mixed": 4 * towards.frac()}[order]
+        * sae.W_enc.detach()[:1]
+    )
+    x[50], x[100] = 0, float("nan")
+    finite = torch.arange(200) != 100
+    latents = cpu.encode(x, sae.W_enc, sae.b_enc, 16)
+    kept = Latents(latents.values[finite], latents.indices[finite])
+    assert_top_k(kept, x[finite], sae.W_enc, sae.b_enc, 16)
+
+
 def test_many_chunks_are_the_same_as_one(product, monkeypatch):
     sae, x = make_sae(), make_batch()
     whole = cpu.step(sae, x)

@@ -30,6 +30,7 @@ constexpr Size kStrip = 32;            // columns that are summed at once
 constexpr Size kBlockFloats = 1 << 20;  // of inputs that are scored at once: stay near the cache
 constexpr Size kFewestGroups = 512;    // of latents, by whose maxima a row is searched
 constexpr Size kRowsScreened = 8;      // that share what is read of the latents
+constexpr float kCaution = 0.97f;       // by which rows are expected to fall below those before
 constexpr float kTurning = 0x1p-19f;   // covers the rounding of a Hadamard transform
 constexpr float kRoundedNorm = 1.001f; // covers the rounding of a norm that is summed in float32
 
@@ -225,7 +226,7 @@ void select_row(Search& search, const float* pre_activations, Size d_sae, Size k
 // ---- screening -----------------------------------------------------------------------------
 
 // Rows are turned before they are rounded to 8 bits: each block of columns, of a width that is a
-// power of two, by random signs and a Hadamard transform. Dot products stay what they are, and a few
+// power of two, by random signs and a Hadamard transform. Dot products stay what they are, and
 // outlying columns, which would take all of 8 bits, are spread over the block (QuIP#,
 // arXiv 2402.04396, section 3).
 
@@ -283,8 +284,9 @@ void hadamard(float* values, Size width) {
 // Writing x', w' for the rounded vectors and |x - x'| for the norm of what rounding changed:
 //   |x'.w' - x.w| <= |x - x'| |w| + |x'| |w - w'|            (Cauchy-Schwarz),
 //   |x'| <= |x| + |x - x'|,
-//   the product is a sum of whole numbers, without error; scaling it, adding the bias, and the
-//   float32 sum that scores are compared by in the end err by a few roundings of these sizes.
+//   the product is a sum of whole numbers, without error; scaling it, and the float32 sum that
+//   scores are compared by in the end, err by a few roundings of |x| |w|. Adding the bias errs by a
+//   rounding of these and of the bias: of the latter, `lowest` and `highest` have their share.
 struct Bound {
     float scale, per_norm, per_error;
 
@@ -299,16 +301,17 @@ struct Bound {
 // One row of an 8-bit product, with what its bounds need of each latent.
 struct Screened {
     const int32_t* products;
-    const float *biases, *scales, *norms, *errors;
+    const float *lowest, *highest; // biases, with room for rounding
+    const float *scales, *norms, *errors;
     Bound bound;
 
-    // The least score that a latent can have (`side` -1), or the largest (1), or the likely one (0);
-    // a NaN where it cannot be told. V: float, for latent j, or Lanes, for it and those after it.
+    // The least score that a latent can have (`side` -1), the largest (1), or the likely one (0); a
+    // NaN where it cannot be told. V: float, for latent j, or Lanes, for it and those after it.
     template <int side, class V> V limit(Size j) const {
         using Whole = std::conditional_t<std::is_same_v<V, float>, int32_t, WholeLanes>;
         const V product = bound.scale * load<V>(scales + j) * as_floats(load<Whole>(products + j));
         const V error = bound.per_norm * load<V>(norms + j) + bound.per_error * load<V>(errors + j);
-        return (product + load<V>(biases + j)) + side * error;
+        return (product + load<V>((side < 0 ? lowest : highest) + j)) + side * error;
     }
 };
 
@@ -344,39 +347,42 @@ void put_likely_first(Search& search, const Screened& screened, Size k) {
         if (search.keys[c] >= least) std::swap(search.latents[first++], search.latents[c]);
 }
 
-// The latents of each row that may be among its k largest, into its search.latents; their number
-// into its search.found. Rows are done together, some hundred latents at a time, whose norms and
-// biases then stay in the cache.
-void screen_rows(Search* searches, const Screened* screened, Size rows, Size d_sae, Size k) {
+// What a row's k largest have to reach at least: that of none is above what at least k latents
+// surely reach. By the maxima of groups of latents.
+void find_least(Search* searches, const Screened* screened, Size rows, Size d_sae, Size k) {
     const Size groups = searches[0].groups;
     for (Size r = 0; r < rows; ++r)
         std::fill(searches[r].group_scores.begin(), searches[r].group_scores.end(), 0.0f);
     for (Size start = 0; start < d_sae; start += groups) {
         for (Size r = 0; r < rows; ++r) {
             const Screened row = screened[r];
-            float* best = searches[r].group_scores.data() - start;
-            for_lanes(start, std::min(start + groups, d_sae), [=](Size j, auto width) {
+            float* best = searches[r].group_scores.data();
+            for_lanes(0, std::min(groups, d_sae - start), [=](Size g, auto width) {
                 using V = decltype(width);
-                const V old = load<V>(best + j), lower = row.limit<-1, V>(j);
+                const V old = load<V>(best + g), lower = row.limit<-1, V>(start + g);
                 const V larger = lower > old ? lower : old;
-                std::memcpy(best + j, &larger, sizeof larger);
+                std::memcpy(best + g, &larger, sizeof larger);
             });
         }
     }
-    // At least k latents surely reach `least`: one that cannot is not among the k largest.
     for (Size r = 0; r < rows; ++r) {
         Search& search = searches[r];
         for (Size g = 0; g < groups; ++g) search.keys[g] = key(search.group_scores[g]);
         search.least = as_float(threshold(search.keys.data(), groups, k, k / 8));
-        search.found = 0;
     }
-    for (Size start = 0; start < d_sae; start += groups) {
+}
+
+// The latents of each row that can reach its search.least, ascending.
+void find_reaching(Search* searches, const Screened* screened, Size rows, Size d_sae) {
+    const Size tile = searches[0].groups;
+    for (Size r = 0; r < rows; ++r) searches[r].found = 0;
+    for (Size start = 0; start < d_sae; start += tile) {
         for (Size r = 0; r < rows; ++r) {
             const Screened row = screened[r];
             const float least = searches[r].least;
             int32_t* const first = searches[r].latents.data();
             int32_t* next = first + searches[r].found;
-            for_lanes(start, std::min(start + groups, d_sae), [=, &next](Size j, auto width) {
+            for_lanes(start, std::min(start + tile, d_sae), [=, &next](Size j, auto width) {
                 using V = decltype(width);
                 for (uint32_t bits = reached(row.limit<1, V>(j), least); bits != 0;
                      bits &= bits - 1)
@@ -385,21 +391,51 @@ void screen_rows(Search* searches, const Screened* screened, Size rows, Size d_s
             searches[r].found = next - first;
         }
     }
+}
+
+// Leaves of the latents found those that can reach what k of them surely reach, and makes that the
+// row's `least`. Returns whether k reach the old one: else more latents might be among the k largest
+// than were found.
+bool narrow(Search& search, const Screened& row, Size k) {
+    Size sure = 0;
+    for (Size c = 0; c < search.found; ++c) {
+        search.keys[c] = lower_key(row.limit<-1, float>(search.latents[c]));
+        sure += search.keys[c] >= key(search.least);
+    }
+    if (sure < k) return false;
+    search.least = as_float(threshold(search.keys.data(), search.found, k, 0));
+    Size candidates = 0;
+    for (Size c = 0; c < search.found; ++c) {
+        const int32_t latent = search.latents[c];
+        search.latents[candidates] = latent;
+        candidates += reached(row.limit<1, float>(latent), search.least);
+    }
+    search.found = candidates;
+    return true;
+}
+
+// The latents of each row that may be among its k largest, into its search.latents, the k likeliest
+// first. Rows are done together, some hundred latents at a time, whose norms and biases then stay in
+// the cache. `guess` is what a row's k largest are expected to reach, for a token of norm 1, by the
+// rows before: where k latents surely reach that, one pass over the row is enough. What is found
+// does not depend on it.
+void screen_rows(Search* searches, const Screened* screened, Size rows, Size d_sae, Size k,
+                 float& guess) {
+    for (Size r = 0; r < rows; ++r) searches[r].least = guess * screened[r].bound.per_error;
+    if (guess > 0) find_reaching(searches, screened, rows, d_sae);
+    float lowest = FLT_MAX;
     for (Size r = 0; r < rows; ++r) {
         Search& search = searches[r];
-        const Screened row = screened[r];
-        for (Size c = 0; c < search.found; ++c)
-            search.keys[c] = lower_key(row.limit<-1, float>(search.latents[c]));
-        const float least = as_float(threshold(search.keys.data(), search.found, k, 0));
-        Size candidates = 0;
-        for (Size c = 0; c < search.found; ++c) {
-            const int32_t latent = search.latents[c];
-            search.latents[candidates] = latent;
-            candidates += reached(row.limit<1, float>(latent), least);
+        const Screened& row = screened[r];
+        if (guess == 0 || !narrow(search, row, k)) {
+            find_least(&search, &row, 1, d_sae, k);
+            find_reaching(&search, &row, 1, d_sae);
+            if (!narrow(search, row, k)) search.least = 0; // fewer than k are positive
         }
-        search.found = candidates;
+        lowest = std::min(lowest, search.least / row.bound.per_error);
         put_likely_first(search, row, k);
     }
+    guess = lowest < FLT_MAX ? kCaution * lowest : 0;
 }
 
 // The candidates of a block of tokens, scored latent by latent: each row of W_enc is then read once
@@ -543,28 +579,29 @@ void groupsae_select(Size threads, const float* pre_activations, Size tokens, Si
     }
 }
 
-// From 8-bit products [token, d_sae] every latent that may be among a token's k largest, by the error
-// bound of its score: counts[t] of them, into row t of `candidates` [token, most], the k likeliest
-// first; and the largest score each can have, into `limits`. Where there are more than `most`, their
-// number is `most` + 1, and none is given.
+// From 8-bit products [token, d_sae] every latent that may be among a token's k largest, by the
+// error bound of its score: counts[t] of them, into row t of `candidates` [token, most], the k
+// likeliest first; and the largest score each can have, into `limits`. Where there are more than
+// `most`, their number is `most` + 1, and none is given. `lowest` and `highest` are the biases.
 void groupsae_screen(Size threads, const int32_t* products, Size tokens, Size d_sae, Size d_model,
                      Size k, const float* input_scales, const float* input_norms,
-                     const float* input_errors, const float* b_enc, const float* scales,
-                     const float* norms, const float* errors, Size most, int32_t* candidates,
-                     float* limits, int32_t* counts) {
+                     const float* input_errors, const float* lowest, const float* highest,
+                     const float* scales, const float* norms, const float* errors, Size most,
+                     int32_t* candidates, float* limits, int32_t* counts) {
 #pragma omp parallel num_threads(static_cast<int>(threads))
     {
         std::vector<Search> searches(kRowsScreened, Search(d_sae, k));
         std::vector<Screened> screened(kRowsScreened);
+        float guess = 0;
 #pragma omp for schedule(dynamic, 1)
         for (Size first = 0; first < tokens; first += kRowsScreened) {
             const Size rows = std::min(kRowsScreened, tokens - first);
             for (Size r = 0; r < rows; ++r) {
                 const Size t = first + r;
                 const Bound bound(input_scales[t], input_norms[t], input_errors[t], d_model);
-                screened[r] = {products + t * d_sae, b_enc, scales, norms, errors, bound};
+                screened[r] = {products + t * d_sae, lowest, highest, scales, norms, errors, bound};
             }
-            screen_rows(searches.data(), screened.data(), rows, d_sae, k);
+            screen_rows(searches.data(), screened.data(), rows, d_sae, k, guess);
             for (Size r = 0; r < rows; ++r) {
                 const Search& search = searches[r];
                 counts[first + r] = static_cast<int32_t>(std::min(search.found, most + 1));
@@ -751,10 +788,11 @@ void groupsae_sum_rows(Size threads, const Size* offsets, const int32_t* order,
     }
 }
 
-// One step of Adam on each row of `weights`: m and v are the running means of the gradient and of its
-// square, which keep `beta1` and `beta2` of what they were and take the rest of what is new; `rate` is the learning rate over m's bias correction, `unbias` the root of v's inverse
-// one. The gradient is first multiplied by `factor`. With `on_sphere` rows have unit norm: the
-// gradient's component along the row is left out, and the row is brought back to unit norm.
+// One step of Adam on each row of `weights`: m and v are the running means of the gradient and of
+// its square, which keep `beta1` and `beta2` of what they were and take the rest of what is new;
+// `rate` is the learning rate over m's bias correction, `unbias` the root of v's inverse one. The
+// gradient is first multiplied by `factor`. With `on_sphere` rows have unit norm: the gradient's
+// component along the row is left out, and the row is brought back to unit norm.
 void groupsae_adam(Size threads, const float* gradients, Size count, Size width, float factor,
                    float beta1, float rest1, float beta2, float rest2, float rate, float unbias,
                    float epsilon, Size on_sphere, float* weights, float* means, float* squares) {

@@ -222,6 +222,7 @@ def _encode_screened(
     limits = torch.empty(len(inputs), most)
     counts = torch.full((len(inputs),), most + 1, dtype=torch.int32)
     weights, rounded = _Rounded.of(W_enc), _Rounded.of(inputs)
+    room = b_enc.abs() * 2**-21 + 1e-30  # for rounding, and for numbers too small to be normal
     for start in range(0, len(inputs), rows):
         chunk = slice(start, start + rows)
         tokens = len(inputs[chunk])
@@ -233,7 +234,7 @@ def _encode_screened(
         _call(
             "screen", products, tokens, d_sae, d_model, k,
             rounded.scales[chunk], rounded.norms[chunk], rounded.errors[chunk],
-            b_enc, weights.scales, weights.norms, weights.errors,
+            b_enc - room, b_enc + room, weights.scales, weights.norms, weights.errors,
             most, candidates[chunk], limits[chunk], counts[chunk],
         )
         # fmt: on
