@@ -161,10 +161,15 @@ def _save_tokenizer(of: Shape, folder: Path) -> None:
 
 
 def _save_tokens(ids: np.ndarray, folder: Path) -> None:
-    from datasets import Dataset, disable_progress_bars
+    import datasets
 
-    disable_progress_bars()
-    Dataset.from_dict({"input_ids": ids}).save_to_disk(folder)
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        datasets.Dataset.from_dict({"input_ids": ids}).save_to_disk(folder)
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 @contextmanager
