@@ -30,10 +30,8 @@ from groupsae.host.model import HostModel
 from groupsae.host.tokens import Corpus, open_corpus
 from groupsae.training.batches import MixedBatches
 from groupsae.training.learner import Learner
+from groupsae.training.memory import MemoryAccount, host_bytes
 from groupsae.training.session import train_saes
-
-CHUNK_BYTES = {"torch": 16 * 2**20, "cpu": 16 * 2**20, "triton": 32 * 2**20}
-"""Of pre-activations that a kernel holds at a time; [token, d_sae] never exists whole."""
 
 _SAMPLE_CONTEXTS = 4  # for the layers' scales
 
@@ -123,15 +121,21 @@ def _moments(host: HostModel, corpus: Corpus, task: Task) -> Moments:
 
 def _accounting(host: HostModel, task: Task, baseline: int | None) -> dict[str, int | None]:
     """What memory must hold, in bytes. SAEs and buffer are float32 whatever the host is."""
-    weights = 2 * task.d_model * task.d_sae + task.d_model + task.d_sae
-    saes, rows = len(task.groups), task.buffer_batches * task.batch_tokens
+    saes = len(task.groups)
+    account = MemoryAccount.of(
+        _config(task, steps=1),
+        n_saes=saes,
+        d_model=task.d_model,
+        context_length=task.context_length,
+        host=host_bytes(host),
+    )
     return {
         "process after imports": baseline,
-        "host weights": sum(p.nbytes for p in host.model.parameters()),
-        "SAE weights": 4 * saes * weights,
-        "Adam states": 8 * saes * weights,
-        "buffer": 4 * saes * rows * task.d_model,
-        "one chunk": min(CHUNK_BYTES[task.kernel], 4 * task.batch_tokens * task.d_sae),
+        "host weights": account.host,
+        "SAE weights": account.saes,
+        "Adam states": account.moments,
+        "buffer": 4 * saes * task.buffer_batches * task.batch_tokens * task.d_model,
+        "one chunk": account.chunk,
     }
 
 

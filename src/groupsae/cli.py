@@ -18,11 +18,9 @@ from groupsae import __version__
 from groupsae.config import Config, keys
 from groupsae.directory import stored_config
 from groupsae.errors import InputError
-from groupsae.run import Run, cost_model, covered_layers, grouped
+from groupsae.run import Run, chosen_beforehand, cost_model, covered_layers, grouped
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from groupsae.grouping.table import PartitionTable
     from groupsae.training.memory import MemoryAccount
 
@@ -284,7 +282,8 @@ def _show_plan(config: Config) -> None:
         markup=False,
     )
     memory = _memory_by_groups(config, len(layers), d_model, weights)
-    planned = _planned_groups(config, layers)
+    fixed = chosen_beforehand(config, layers)
+    planned = len(layers) if fixed is None else fixed.chosen  # at most one SAE for each layer
     baseline = " with a baseline, at most" if config.training.baseline else ""
     out.print(
         f"memory for G = {planned}{baseline}: {memory[planned]}{estimate}",
@@ -317,22 +316,6 @@ def _memory_by_groups(
         )
         for G in range(1, n_layers + 1)
     }
-
-
-def _planned_groups(config: Config, layers: Sequence[int]) -> int:
-    """G as far as it is fixed beforehand, else the most there can be."""
-    from groupsae.grouping.table import group_layers
-
-    asked = config.grouping
-    if asked.groups is None and asked.partition is None:
-        return len(layers)
-    return group_layers(
-        None,
-        layers=layers,
-        method="even" if asked.partition is None else "explicit",  # need no distances
-        groups=asked.groups,
-        partition=asked.partition,
-    ).chosen
 
 
 def _print(table: Table) -> None:

@@ -307,21 +307,12 @@ class Run:
             self._stages.note_provenance(host_precision=str(found))
 
     def _check_sizes(self) -> None:
-        from groupsae.grouping.table import group_layers
         from groupsae.sae import SAEConfig
 
-        sae, asked = self.config.sae, self.config.grouping
-        d_model = self.host.d_model
+        sae, d_model = self.config.sae, self.host.d_model
         SAEConfig(d_model=d_model, d_sae=sae.width(d_model), k=sae.k, layers=self.layers)
-        chosen_beforehand = asked.groups is not None or asked.partition is not None
-        if chosen_beforehand and not self._stages.is_done("groups"):
-            group_layers(
-                None,
-                layers=self.layers,
-                method="even" if asked.partition is None else "explicit",  # need no distances
-                groups=asked.groups,
-                partition=asked.partition,
-            )
+        if not self._stages.is_done("groups"):
+            chosen_beforehand(self.config, self.layers)
 
     def _measure(self, layers: Sequence[int]) -> dict[str, Any]:
         """Measure the layers: keeps their moments, returns the content of `distances.json`."""
@@ -362,6 +353,25 @@ def grouped(distances: Distances, config: Config, cost: CostModel | None = None)
         groups=asked.groups,
         partition=asked.partition,
         cost=cost,
+    )
+
+
+def chosen_beforehand(config: Config, layers: Sequence[int]) -> PartitionTable | None:
+    """The partition as far as the config fixes it without distances; None where it does not.
+
+    With `grouping.groups` alone only the number of groups is the right one.
+    """
+    from groupsae.grouping.table import group_layers
+
+    asked = config.grouping
+    if asked.groups is None and asked.partition is None:
+        return None
+    return group_layers(
+        None,
+        layers=layers,
+        method="even" if asked.partition is None else "explicit",  # need no distances
+        groups=asked.groups,
+        partition=asked.partition,
     )
 
 

@@ -21,7 +21,7 @@ class MemoryAccount:
     """What training holds at the same time, in bytes. SAEs and buffer are float32.
 
     The rest of a process comes on top: its libraries, and what a forward or a step holds for a
-    moment. So does the copy of the buffer that a checkpoint is written from.
+    moment.
 
     Attributes:
         n_saes: How many SAEs are trained side by side.

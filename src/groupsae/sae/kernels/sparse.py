@@ -68,7 +68,7 @@ def encode(
     k: int,
 ) -> Latents:
     """TopK(relu(W_enc inputs + b_enc)), a chunk of tokens at a time."""
-    tokens, rows = len(inputs), max(_CHUNK_BYTES // (b_enc.element_size() * len(b_enc)), 1)
+    tokens, rows = len(inputs), _chunk_rows(b_enc)
     values = inputs.new_empty(tokens, k)
     indices = torch.empty(tokens, k, dtype=torch.long, device=inputs.device)
     for start in range(0, tokens, rows):
@@ -76,6 +76,11 @@ def encode(
         chosen = (values[chunk], indices[chunk])
         torch.topk(linear(inputs[chunk], W_enc, b_enc), k, sorted=False, out=chosen)
     return Latents(values.relu_(), indices)
+
+
+def _chunk_rows(b_enc: Float[Tensor, " latent"]) -> int:
+    """Tokens whose pre-activations of these latents fill a chunk; one at least."""
+    return max(_CHUNK_BYTES // (b_enc.element_size() * len(b_enc)), 1)
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,7 @@ def _add_dense_auxk(
         "W_dec": torch.zeros_like(W_dec),
     }
     squares = inputs.new_zeros(())
-    rows = max(_CHUNK_BYTES // (b_enc.element_size() * len(which)), 1)
+    rows = _chunk_rows(b_enc)
     for x, target in zip(torch.split(inputs, rows), torch.split(residual, rows), strict=True):
         pre_activations = linear(x, W_enc, b_enc)
         values, indices = torch.topk(pre_activations, k, sorted=False)
