@@ -85,6 +85,58 @@ def reference(host, sae, layer, ids, mask):
     }
 
 
+def plainly_spliced(host, corpus, sae, layer, batch_contexts=10):
+    """Cross-entropies and KL of one SAE at one layer, every forward from the first block on."""
+    stream, contexts = corpus.held_out(), TOKENS // 16
+    sums, predictions = dict.fromkeys(("ce_clean", "ce_spliced", "ce_zero", "kl"), 0.0), 0
+    while contexts:
+        ids = stream.next_contexts(min(batch_contexts, contexts))
+        contexts -= len(ids)
+        counted = (ids != 0).unsqueeze(-1)
+        changes = {
+            "ce_clean": lambda x: x,
+            "ce_spliced": lambda x, at=counted: torch.where(at, sae(x, layer), x),
+            "ce_zero": lambda x, at=counted: x * ~at,
+        }
+        log_p = {}
+        for name, change in changes.items():
+            with torch.no_grad(), host.splice({layer: change}):
+                log_p[name] = host.logits(ids)[:, :-1][ids[:, :-1] != 0].log_softmax(-1)
+            of_targets = log_p[name].gather(1, ids[:, 1:][ids[:, :-1] != 0].unsqueeze(-1))
+            sums[name] -= of_targets.double().sum().item()
+        clean, spliced = log_p["ce_clean"], log_p["ce_spliced"]
+        sums["kl"] += (clean.exp() * (clean - spliced)).sum(-1).double().sum().item()
+        predictions += len(clean)
+    return {name: value / predictions for name, value in sums.items()}
+
+
+def test_going_on_from_a_layer_is_splicing_there(host, corpus):
+    saes = [make_sae((0, 1), seed=1), make_sae((2,), seed=2), make_sae((1,), seed=3)]
+    rows = evaluate(host, corpus, *(Subject("groups", sae) for sae in saes))["rows"]
+    expected = [plainly_spliced(host, corpus, sae, layer) for sae in saes for layer in sae.layers]
+    assert len(rows) == len(expected) == 4
+    for row, plain in zip(rows, expected, strict=True):
+        # The SAE's product over all positions may round otherwise than over the counted ones.
+        assert {name: row[name] for name in plain} == pytest.approx(plain, rel=1e-7)
+
+
+def test_no_block_below_the_layer_is_computed_for_a_splice(host, corpus, monkeypatch):
+    subjects = [Subject("groups", make_sae((layer,), seed=layer)) for layer in (1, 1, 2)]
+    evaluate(host, corpus, *subjects)  # the first splices try whether blocks can be skipped
+    calls = [0] * 3
+    for layer, block in enumerate(host.blocks):
+        mlp = block.mlp.forward
+
+        def counting(x, layer=layer, mlp=mlp):
+            calls[layer] += 1
+            return mlp(x)
+
+        monkeypatch.setattr(block.mlp, "forward", counting)
+    evaluate(host, corpus, *subjects, batch_contexts=TOKENS // 16)
+    # The clean forward; at layer 1, zeros and two SAEs go on to the last block.
+    assert calls == [1, 1, 1 + 3]
+
+
 @pytest.mark.parametrize("special", [(0,), ()])
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_metrics_are_those_of_their_definitions(host, corpus, layer, special):
@@ -136,6 +188,33 @@ def test_the_same_sae_as_group_or_baseline_gets_the_same_row(host, corpus):
         host, corpus, Subject("groups", make_sae((1,))), Subject("baseline", make_sae((1,)))
     )["rows"]
     assert {**rows[0], "partition": ""} == {**rows[1], "partition": ""}
+
+
+def test_an_sae_under_two_partitions_is_computed_once(host, corpus, monkeypatch):
+    shared, other = make_sae((1,)), make_sae((0, 1), seed=1)
+    subjects = [Subject("groups", shared), Subject("groups", other), Subject("baseline", shared)]
+    encoded = []
+    encode = type(shared).encode
+    monkeypatch.setattr(
+        SAE, "encode", lambda sae, x, layer: encoded.append((sae, layer)) or encode(sae, x, layer)
+    )
+    rows = evaluate(host, corpus, *subjects, batch_contexts=TOKENS // 16)["rows"]
+    assert sorted(layer for _, layer in encoded) == [0, 1, 1]
+    assert [(row["partition"], row["layer"]) for row in rows] == [
+        ("groups", 1),
+        ("groups", 0),
+        ("groups", 1),
+        ("baseline", 1),
+    ]
+    assert {**rows[0], "partition": "", "groups_total": 0} == {
+        **rows[3],
+        "partition": "",
+        "groups_total": 0,
+    }
+    alone = evaluate(host, corpus, Subject("groups", other))["rows"]
+    for row, by_itself in zip(rows[1:3], alone, strict=True):
+        assert row["kl"] == pytest.approx(by_itself["kl"], rel=1e-5)
+        assert row["dead_in_group"] == by_itself["dead_in_group"]
 
 
 def test_the_size_of_a_forward_does_not_matter(host, corpus):

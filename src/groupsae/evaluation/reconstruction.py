@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,11 +64,13 @@ def evaluate_reconstruction(
     """Splice every SAE in at every one of its member layers, one at a time.
 
     Cross-entropies as in Group-SAE (arXiv 2410.21508 v2, section 4.1). All subjects see the same
-    tokens.
+    tokens. One forward of the host gives a batch's residual streams; a splice goes on from there
+    and computes only the blocks above it. An SAE that several subjects share is judged once.
 
     Args:
         tokens: Tokens to read; rounded up to whole contexts.
-        batch_contexts: Contexts in one forward.
+        batch_contexts: Contexts in one forward. Their residual streams at all member layers and
+            twice their logits are in memory at a time.
         special: Token ids whose positions are neither replaced nor counted.
 
     Returns:
@@ -80,14 +82,12 @@ def evaluate_reconstruction(
         InputError: If no prediction is made at a counted position.
         EndOfText: If the text is used up.
     """
-    tallies = [
-        (subject, layer, _Tally(subject.sae))
-        for subject in subjects
-        for layer in subject.sae.layers
-    ]
-    layers = sorted({layer for _, layer, _ in tallies})
+    saes = list(dict.fromkeys(subject.sae for subject in subjects))
+    layers = {
+        layer: _Layer([sae for sae in saes if layer in sae.layers])
+        for layer in sorted({layer for sae in saes for layer in sae.layers})
+    }
     clean = _Mean()
-    zeros = {layer: _Mean() for layer in layers}
     counted = excluded = 0
     contexts = math.ceil(tokens / stream.context_length)
     special = tuple(special)
@@ -100,17 +100,16 @@ def evaluate_reconstruction(
             counted += int(mask.sum())
             excluded += int((~mask).sum())
             input_ids, mask = input_ids.to(host.device), mask.to(host.device)
-            clean_logits = host.logits(input_ids)
+            clean_logits, streams = _clean_forward(host, input_ids, list(layers))
             clean.add(_cross_entropy(clean_logits, input_ids, mask))
-            for layer in layers:
-                with host.splice({layer: _masked(torch.zeros_like, mask)}):
-                    zeros[layer].add(_cross_entropy(host.logits(input_ids), input_ids, mask))
-            for subject, layer, tally in tallies:
-                reconstruct = tally.watching(subject.sae, layer, mask)
-                with host.splice({layer: reconstruct}):
-                    logits = host.logits(input_ids)
-                tally.cross_entropy.add(_cross_entropy(logits, input_ids, mask))
-                tally.kl.add(_kl(clean_logits, logits, mask))
+            for layer, judged in layers.items():
+                x, replaced = streams.pop(layer), mask.unsqueeze(-1)
+                logits = host.logits_from(layer, x.masked_fill(replaced, 0), input_ids)
+                judged.zero.add(_cross_entropy(logits, input_ids, mask))
+                for tally, x_hat in judged.reconstructions(layer, x[mask]):
+                    logits = host.logits_from(layer, x.masked_scatter(replaced, x_hat), input_ids)
+                    tally.cross_entropy.add(_cross_entropy(logits, input_ids, mask))
+                    tally.kl.add(_kl(clean_logits, logits, mask))
             bar.advance(input_ids.numel())
 
     if clean.count == 0:
@@ -127,30 +126,32 @@ def evaluate_reconstruction(
         partition: sum(subject.partition == partition for subject in subjects)
         for partition in ("groups", "baseline")
     }
-    fired: dict[int, Tensor] = {}
-    for subject, _, tally in tallies:
-        key = id(subject.sae)
-        fired[key] = tally.counts + fired.get(key, torch.zeros_like(tally.counts))
+    never_fired = {
+        sae: torch.stack([layers[layer].tallies[sae].counts for layer in sae.layers]).sum(0) == 0
+        for sae in saes
+    }
     rows = []
-    for subject, layer, tally in tallies:
-        ce = {
-            "clean": clean.value,
-            "spliced": tally.cross_entropy.value,
-            "zero": zeros[layer].value,
-        }
-        rows.append(
-            {
-                "partition": subject.partition,
-                "groups_total": groups_total[subject.partition],
-                "group": list(subject.sae.layers),
-                "layer": layer,
-                "ce_loss_score": (ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["clean"]),
-                **{f"ce_{name}": value for name, value in ce.items()},
-                "kl": tally.kl.value,
-                **tally.summary(),
-                "dead_in_group": float((fired[id(subject.sae)] == 0).double().mean()),
+    for subject in subjects:
+        for layer in subject.sae.layers:
+            judged, tally = layers[layer], layers[layer].tallies[subject.sae]
+            ce = {
+                "clean": clean.value,
+                "spliced": tally.cross_entropy.value,
+                "zero": judged.zero.value,
             }
-        )
+            rows.append(
+                {
+                    "partition": subject.partition,
+                    "groups_total": groups_total[subject.partition],
+                    "group": list(subject.sae.layers),
+                    "layer": layer,
+                    "ce_loss_score": (ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["clean"]),
+                    **{f"ce_{name}": value for name, value in ce.items()},
+                    "kl": tally.kl.value,
+                    **tally.summary(judged.variance),
+                    "dead_in_group": float(never_fired[subject.sae].double().mean()),
+                }
+            )
     return {
         "definitions": DEFINITIONS,
         "tokens": counted,
@@ -175,45 +176,56 @@ class _Mean:
         return self.total / self.count
 
 
+class _Layer:
+    """Everything that is counted at one layer, streamed in float64."""
+
+    def __init__(self, saes: Iterable[SAE]) -> None:
+        self.zero = _Mean()
+        self.tallies = {sae: _Tally(sae) for sae in saes}
+        self.tokens = 0
+        self.squares = 0.0
+        self.sum = torch.zeros((), dtype=torch.float64)
+
+    def reconstructions(
+        self, layer: int, x: Float[Tensor, "token d_model"]
+    ) -> Iterator[tuple[_Tally, Float[Tensor, "token d_model"]]]:
+        """Count the tokens x for every SAE; yields each one's tally and x_hat, in x's dtype."""
+        exact = x.double()
+        about_mean = (exact - exact.mean(0)).square().sum(1)
+        self.tokens += len(x)
+        self.squares += float(exact.square().sum())
+        self.sum = self.sum + exact.sum(0)
+        for sae, tally in self.tallies.items():
+            latents = sae.encode(x, layer)
+            x_hat = sae.decode(latents, layer)
+            tally.add(exact, about_mean, x_hat.double(), latents)
+            yield tally, x_hat.to(x.dtype)
+
+    @property
+    def variance(self) -> float:
+        """Sum over tokens of ||x - mean x||^2."""
+        return self.squares - float(self.sum.square().sum()) / self.tokens
+
+
 class _Tally:
     """Everything that is counted about one SAE at one layer, streamed in float64."""
 
     def __init__(self, sae: SAE) -> None:
         self.cross_entropy, self.kl = _Mean(), _Mean()
         self.explained_variance, self.l2, self.cosine, self.l0 = (_Mean() for _ in range(4))
-        d_model, device = sae.config.d_model, sae.W_enc.device
+        self.d_model = sae.config.d_model
         self.error = 0.0
-        self.squares = 0.0
-        self.sum = torch.zeros(d_model, dtype=torch.float64, device=device)
-        self.counts = torch.zeros(sae.config.d_sae, dtype=torch.long, device=device)
+        self.counts = torch.zeros(sae.config.d_sae, dtype=torch.long, device=sae.W_enc.device)
 
-    def watching(
-        self, sae: SAE, layer: int, mask: Bool[Tensor, "batch context"]
-    ) -> Callable[[Tensor], Tensor]:
-        """The splice: x_hat at the counted positions, which are added to the tally."""
-
-        def reconstruct(x: Float[Tensor, "batch context d_model"]) -> Tensor:
-            counted = x[mask]
-            latents = sae.encode(counted, layer)
-            x_hat = sae.decode(latents, layer)
-            self._add(counted.double(), x_hat.double(), latents)
-            spliced = x.clone()
-            spliced[mask] = x_hat.to(x.dtype)
-            return spliced
-
-        return reconstruct
-
-    def _add(
+    def add(
         self,
         x: Float[Tensor, "token d_model"],
+        about_mean: Float[Tensor, " token"],
         x_hat: Float[Tensor, "token d_model"],
         latents: Latents,
     ) -> None:
         error = (x - x_hat).square().sum(1)
-        about_mean = (x - x.mean(0)).square().sum(1)
         self.error += float(error.sum())
-        self.squares += float(x.square().sum())
-        self.sum += x.sum(0)
         self.explained_variance.add(1 - error / about_mean)
         self.l2.add(error.sqrt())
         self.cosine.add(torch.cosine_similarity(x, x_hat, dim=1))
@@ -221,9 +233,8 @@ class _Tally:
         active = latents.indices[latents.values > 0]
         self.counts += torch.bincount(active, minlength=len(self.counts))
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, variance: float) -> dict[str, Any]:
         tokens = self.l2.count
-        variance = self.squares - float(self.sum.square().sum()) / tokens
         density = self.counts.double() / tokens
         histogram, _ = torch.histogram(
             density[density > 0].log10().cpu(), torch.tensor(DENSITY_EDGES, dtype=torch.float64)
@@ -232,7 +243,7 @@ class _Tally:
             "r2": 1 - self.error / variance,
             "explained_variance": self.explained_variance.value,
             "l2": self.l2.value,
-            "mse": self.error / tokens / len(self.sum),
+            "mse": self.error / tokens / self.d_model,
             "cosine": self.cosine.value,
             "l0": self.l0.value,
             "dead": float((self.counts == 0).double().mean()),
@@ -244,15 +255,21 @@ class _Tally:
         }
 
 
-def _masked(
-    change: Callable[[Tensor], Tensor], mask: Bool[Tensor, "batch context"]
-) -> Callable[[Tensor], Tensor]:
-    """`change` at the positions in `mask`, the residual stream as it is elsewhere."""
+def _clean_forward(
+    host: HostModel, input_ids: Int[Tensor, "batch context"], layers: Sequence[int]
+) -> tuple[Float[Tensor, "batch context vocab"], dict[int, Tensor]]:
+    """The logits of the untouched host, and its residual streams after `layers`."""
+    streams: dict[int, Tensor] = {}
 
-    def changed(x: Float[Tensor, "batch context d_model"]) -> Tensor:
-        return torch.where(mask.unsqueeze(-1), change(x), x)
+    def keeping(layer: int) -> Callable[[Tensor], Tensor]:
+        def keep(x: Float[Tensor, "batch context d_model"]) -> Tensor:
+            streams[layer] = x.clone()  # a later block may change its input in place
+            return x
 
-    return changed
+        return keep
+
+    with host.splice({layer: keeping(layer) for layer in layers}):
+        return host.logits(input_ids), streams
 
 
 def _cross_entropy(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,8 @@ Stream: TypeAlias = Float[Tensor, "batch context d_model"]
 Visitor: TypeAlias = Callable[[Stream], object]
 Replacement: TypeAlias = Callable[[Stream], Stream]
 Hook: TypeAlias = Callable[[nn.Module, tuple[Any, ...], BlockOutput], BlockOutput | None]
+
+_log = logging.getLogger(__name__)
 
 
 class HostModel:
@@ -57,6 +61,7 @@ class HostModel:
         self.name = name or model.config._name_or_path or type(self.model).__name__
         found = find_blocks(self.model)
         self.blocks, self.block_path, self.d_model = found.modules, found.path, found.d_model
+        self._skippable: dict[int, list[BlockOutput] | None] = {}
         _check_tokenizer(self)
 
     @classmethod
@@ -243,6 +248,29 @@ class HostModel:
         """
         return self._forward(self._checked(input_ids)).logits  # type: ignore[no-any-return]
 
+    def logits_from(
+        self, layer: int, x: Stream, input_ids: Int[Tensor, "batch context"]
+    ) -> Float[Tensor, "batch context vocab"]:
+        """Next-token logits with x as the residual stream after `layer`, in the model's dtype.
+
+        Bit for bit those of `logits` inside `splice({layer: lambda _: x})`, but the blocks up to
+        `layer` are not computed. Where a later block takes more from them than the residual stream
+        (keys and values that layers share, say) they are computed after all: the first call at a
+        layer finds that out, on a few tokens.
+
+        Splices around the call hold; a replacement at `layer` or below is called and has no effect.
+
+        Raises:
+            InputError: a layer, a token id or a context that the model does not have; an x whose
+                shape, dtype or device is not that of the stream.
+        """
+        with self.splice({layer: lambda _: x}):
+            outputs = self._skippable_outputs(layer)
+            if outputs is None:
+                return self.logits(input_ids)
+            with _skipped(self.blocks, outputs):
+                return self.logits(input_ids)
+
     def cross_entropy(
         self, input_ids: Int[Tensor, "batch context"]
     ) -> Float[Tensor, "batch context-1"]:
@@ -313,6 +341,45 @@ class HostModel:
             )
         return input_ids.to(self.device, non_blocking=True)
 
+    def _skippable_outputs(self, layer: int) -> list[BlockOutput] | None:
+        """What the blocks 0 to `layer` return, without tensors; None if they cannot be skipped."""
+        if layer not in self._skippable:
+            with _unhooked(self.blocks):
+                outputs, fault = self._try_skipping(layer)
+            if fault is not None:
+                _log.info("%s runs whole for a splice after layer %d: %s", self.name, layer, fault)
+            self._skippable[layer] = outputs if fault is None else None
+        return self._skippable[layer]
+
+    @torch.no_grad()
+    def _try_skipping(self, layer: int) -> tuple[list[BlockOutput], str | None]:
+        """What the blocks 0 to `layer` return, and why they cannot be skipped, if they cannot.
+
+        The stream to go on from is another text's: neither what a block left behind nor what only
+        the skipped blocks know can pass for what they would have computed.
+        """
+        one = torch.arange(8).view(2, 4) + self.vocab_size // 2  # special tokens lie at the ends
+        other = self._checked((one + 8) % self.vocab_size)
+        one = self._checked(one % self.vocab_size)
+        outputs: list[BlockOutput] = []
+        streams: list[Tensor] = []
+
+        def record(_module: nn.Module, _args: tuple[Any, ...], output: BlockOutput) -> None:
+            several = isinstance(output, tuple | list)
+            outputs.append((None,) * len(output) if several else None)
+            streams.append(stream_of(output).clone())
+
+        with self._hooked(dict.fromkeys(range(layer + 1), record)):
+            self._forward(other)
+        with self.splice({layer: lambda _: streams[layer].clone()}):
+            try:
+                with _skipped(self.blocks, outputs):
+                    resumed = self.logits(one)
+            except Exception as error:  # any that a model raises where it misses something
+                return outputs, f"{type(error).__name__}: {error}"
+            exact = torch.equal(resumed, self.logits(one))
+        return outputs, None if exact else "later blocks take more than the residual stream"
+
     @contextmanager
     def _hooked(self, hooks: Mapping[int, Hook]) -> Iterator[None]:
         handles = [self.blocks[layer].register_forward_hook(hook) for layer, hook in hooks.items()]
@@ -339,6 +406,45 @@ class _StopForward(BaseException):
     """
 
     cause: BaseException | None = None
+
+
+@contextmanager
+def _skipped(blocks: Iterable[nn.Module], outputs: Sequence[BlockOutput]) -> Iterator[None]:
+    """While the context is open, the first blocks only pass on the residual stream that they take,
+    in the form of their `outputs`. Their hooks run.
+    """
+    skipped = list(zip(blocks, outputs, strict=False))
+    own = [vars(block).get("forward") for block, _ in skipped]
+    try:
+        for block, output in skipped:
+            block.forward = _passing_on(output)
+        yield
+    finally:
+        for (block, _), forward in zip(skipped, own, strict=True):
+            vars(block).pop("forward", None)
+            if forward is not None:
+                block.forward = forward
+
+
+def _passing_on(output: BlockOutput) -> Callable[..., BlockOutput]:
+    def forward(*args: Any, **kwargs: Any) -> BlockOutput:
+        taken = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        return with_stream(output, taken)
+
+    return forward
+
+
+@contextmanager
+def _unhooked(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """While the context is open, the hooks that are on the blocks now do not run."""
+    hooks = [(block, block._forward_hooks) for block in blocks]
+    try:
+        for block, _ in hooks:
+            block._forward_hooks = OrderedDict()
+        yield
+    finally:
+        for block, own in hooks:
+            block._forward_hooks = own
 
 
 def _kind(x: object) -> str:
