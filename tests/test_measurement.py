@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from groupsae.config import Config
 from groupsae.errors import InputError
 from groupsae.grouping.distance import AngularDistances
+from groupsae.grouping.methods import complete_linkage
+from groupsae.grouping.similarity import CKADistances, SVCCADistances
 from groupsae.host.model import HostModel
 from groupsae.measurement import load_moments, measure_layers, save_moments
+from groupsae.run import Run
 
 # models/stories3M/README.md beside the checkout: per token, uncentred, BOS excluded.
 STORIES3M = np.array(
@@ -57,6 +61,67 @@ def test_distances_and_moments_over_all_tokens_at_once(host, corpus, center, bat
             a, b = (x[i] - x[i].mean(0) if center else x[i] for i in (p, q))
             expected = torch.cosine_similarity(a, b).clamp(-1, 1).arccos().mean() / np.pi
             assert measured.distances.matrix[p, q] == pytest.approx(expected.item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", [CKADistances, SVCCADistances])
+@pytest.mark.parametrize("center", [True, False])
+def test_other_similarities_are_measured_on_the_same_tokens(host, corpus, kind, center):
+    name = {CKADistances: "cka", SVCCADistances: "svcca"}[kind]
+    measured = measure_layers(
+        host,
+        corpus.train(),
+        range(3),
+        tokens=1000,
+        batch_contexts=100,
+        center=center,
+        similarity=name,
+        special=(0,),
+    )
+    x, _ = streams_in_one_piece(host, corpus, 63)
+    expected = kind(range(3))
+    expected.update(torch.stack(x))
+    result = measured.distances
+    np.testing.assert_allclose(result.matrix, expected.result().matrix, rtol=0, atol=1e-9)
+    assert (result.similarity, result.center, result.tokens) == (name, True, len(x[0]))
+    assert result.matrix[0, 1] > 0.001
+    torch.testing.assert_close(measured.moments.mean[1], x[1].mean(0))
+
+
+@pytest.mark.parametrize("similarity", ["cka", "svcca"])
+def test_a_run_groups_by_another_similarity_and_says_what_the_threshold_is_for(
+    tiny_config, tmp_path, caplog, similarity
+):
+    by_threshold = [key for key in tiny_config if not key.startswith("grouping.groups")]
+    config = Config.load(None, [*by_threshold, f"grouping.similarity={similarity}"])
+    caplog.set_level("INFO", "groupsae")
+    run = Run(tmp_path / "run", config)
+    distances = run.distances()
+    assert distances.similarity == similarity
+    stored = json.loads((tmp_path / "run" / "distances.json").read_text())
+    assert stored["similarity"] == similarity
+    assert "0.2 on AMAD was chosen for angular distances" in stored["threshold_note"]
+    assert caplog.text.count("0.2 on AMAD was chosen for angular distances") == 1
+    for G, row in run.groups().by_groups.items():
+        assert row.partition.groups == complete_linkage(distances)[G].groups
+    with pytest.raises(InputError, match=r"grouping\.similarity was '\w+', is now 'angular'"):
+        Run(tmp_path / "run", Config.load(None, by_threshold))
+
+
+def test_nothing_is_said_of_the_threshold_where_it_does_not_choose(tiny_config, tmp_path, caplog):
+    caplog.set_level("INFO", "groupsae")
+    by_threshold = [key for key in tiny_config if not key.startswith("grouping.groups")]
+    for name, keys in (
+        ("fixed", [*tiny_config, "grouping.similarity=cka"]),
+        ("angles", by_threshold),
+    ):
+        Run(tmp_path / name, Config.load(None, keys)).distances()
+    assert "AMAD" not in caplog.text
+
+
+def test_similarities_that_subtract_the_means_are_refused_without():
+    with pytest.raises(InputError, match=r"false goes with grouping\.similarity=angular alone"):
+        Config.load(None, ["grouping.similarity=cka", "grouping.center=false"])
+    Config.load(None, ["grouping.similarity=angular", "grouping.center=false"])
 
 
 def test_moments_survive_the_way_to_disk(host, corpus, tmp_path):

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from groupsae.errors import InputError
 from groupsae.files import replacing
-from groupsae.grouping.distance import AngularDistances, LayerMoments, Moments
+from groupsae.grouping.distance import LayerMoments, Moments
 from groupsae.grouping.matrix import Distances
+from groupsae.grouping.similarity import DISTANCES
 from groupsae.host.model import HostModel
 from groupsae.host.tokens import TokenStream, special_mask
 from groupsae.progress import progress
@@ -37,9 +38,10 @@ def measure_layers(
     tokens: int,
     batch_contexts: int,
     center: bool = True,
+    similarity: str = "angular",
     special: Iterable[int] = (),
 ) -> Measurement:
-    """Mean angular distances between all pairs of layers, and each layer's mean and mean norms.
+    """Distances between all pairs of layers, and each layer's mean and mean norms.
 
     Two passes over the same tokens: the means first, then distances and norms about them, so that
     centred distances use the exact mean (Group-SAE, arXiv 2410.21508 v2, section 3).
@@ -47,7 +49,8 @@ def measure_layers(
     Args:
         tokens: How many to read, rounded up to whole contexts.
         batch_contexts: Contexts in one forward.
-        center: Subtract each layer's mean before the angles.
+        center: Subtract each layer's mean before the angles. CKA and SVCCA always do.
+        similarity: What the distances are: a key of `grouping.similarity.DISTANCES`.
         special: Token ids to leave out.
 
     Raises:
@@ -83,7 +86,8 @@ def measure_layers(
 
     stream.load_state_dict(beginning)
     second = LayerMoments(layers, center=mean)
-    distances = AngularDistances(layers, center=mean if center else None)
+    about_mean = center or similarity != "angular"
+    distances = DISTANCES[similarity](layers, center=mean if about_mean else None)
     for streams, context in streams_of_all("distances"):
         second.update(streams)
         distances.update(streams, context)

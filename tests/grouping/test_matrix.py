@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from groupsae.errors import InputError
-from groupsae.grouping.matrix import Distances, load_distances
+from groupsae.grouping.matrix import Distances, load_distances, threshold_note
 from tests.grouping.matrices import any_matrix
 
 FULL = np.array([[0.0, 0.2, 0.3], [0.2, 0.0, 0.1], [0.3, 0.1, 0.0]])
@@ -24,10 +24,13 @@ def test_distances_survive_json_exactly(matrix: np.ndarray, data: st.DataObject)
     standard_error = data.draw(
         arrays(np.float64, distances.matrix.shape, elements=st.floats(0, 1)) | st.none()
     )
-    before = Distances(distances.layers, distances.matrix, standard_error, 10**7, True)
+    similarity = data.draw(st.sampled_from(["angular", "cka", "svcca"]))
+    before = Distances(distances.layers, distances.matrix, standard_error, 10**7, True, similarity)
     after = Distances.from_json(json.loads(json.dumps(before.to_json(), allow_nan=False)))
-    assert list(before.to_json()) == ["layers", "matrix", "standard_error", "tokens", "center"]
+    keys = ["layers", "matrix", "standard_error", "tokens", "center", "similarity"]
+    assert list(before.to_json()) == keys
     assert (after.layers, after.tokens, after.center) == (before.layers, 10**7, True)
+    assert after.similarity == similarity
     np.testing.assert_array_equal(after.matrix, before.matrix)
     if standard_error is None:
         assert after.standard_error is None
@@ -45,9 +48,10 @@ def test_the_matrix_cannot_be_changed() -> None:
 
 
 def test_selecting_layers_keeps_their_entries() -> None:
-    distances = Distances((4, 5, 9), FULL, FULL / 10, 100, False)
+    distances = Distances((4, 5, 9), FULL, FULL / 10, 100, False, "cka")
     some = distances.select([4, 9])
     assert (some.layers, some.tokens, some.center) == ((4, 9), 100, False)
+    assert some.similarity == "cka"
     np.testing.assert_array_equal(some.matrix, [[0, 0.3], [0.3, 0]])
     assert some.standard_error is not None
     np.testing.assert_array_equal(some.standard_error, [[0, 0.03], [0.03, 0]])
@@ -69,6 +73,22 @@ def test_full_and_lower_triangular_files_of_every_kind_give_the_same(
         assert loaded.layers == distances.layers
         np.testing.assert_array_equal(loaded.matrix, distances.matrix)
         assert (loaded.standard_error, loaded.tokens, loaded.center) == (None, None, None)
+
+
+def test_a_file_that_names_no_similarity_holds_angles() -> None:
+    data = Distances((0, 1, 2), FULL, similarity="svcca").to_json()
+    del data["similarity"]
+    assert Distances.from_json(data).similarity == "angular"
+
+
+@pytest.mark.parametrize("similarity", ["angular", "cka", "svcca"])
+def test_only_of_angles_the_threshold_needs_no_note(similarity: str) -> None:
+    note = threshold_note(similarity)
+    if similarity == "angular":
+        assert note is None
+    else:
+        assert note is not None
+        assert "0.2 on AMAD was chosen for angular distances" in note
 
 
 def test_a_run_directorys_file_brings_all_it_knows(tmp_path: Path) -> None:
@@ -184,6 +204,12 @@ def test_what_is_no_matrix_of_distances_is_refused(
         ),
         ("d.json", b'{"layers": [0], "matrix": [[0]], "tokens": "many"}', "tokens is 'many'"),
         ("d.json", b'{"layers": [0], "matrix": [[0]], "center": 1}', "center is 1"),
+        (
+            "d.json",
+            b'{"layers": [0], "matrix": [[0]], "similarity": "rsa"}',
+            "similarity is 'rsa'; expected one of angular, cka, svcca",
+        ),
+        ("d.json", b'{"layers": [0], "matrix": [[0]], "similarity": null}', "similarity is None"),
         (
             "d.json",
             b'{"layers": [0], "matrix": [[0]], "standard_error": [[-1]]}',

@@ -70,8 +70,8 @@ class AngularDistances:
         Raises:
             InputError: The activations hold a NaN or an infinity.
         """
-        _check_layers(streams, self.layers)
-        n_layers, home = len(streams), _home(streams)
+        check_layers(streams, self.layers)
+        n_layers, home = len(streams), home_of(streams)
         rows, columns = torch.tril_indices(n_layers, n_layers, -1, device=home)
         sums, seen = _ClusterSums(), 0
         if context is not None:
@@ -79,7 +79,7 @@ class AngularDistances:
             sizes = member.bincount(minlength=len(found)).to(torch.float64)
             totals = sizes.new_zeros((len(found), len(rows)))
         for chunk in _chunks(streams):
-            angles = _pairwise_angles(_centered(chunk, self.center), rows, columns)
+            angles = _pairwise_angles(centered(chunk, self.center), rows, columns)
             if context is None:
                 sums.add(angles, angles.new_ones(len(angles)))
             else:
@@ -87,7 +87,7 @@ class AngularDistances:
                 seen += len(angles)
         if context is not None:
             sums.add(totals, sizes)
-        _check_finite(sums.total, streams, self.layers)
+        check_finite(sums.total, streams, self.layers)
         sums.tokens = streams.shape[1]
         self._sums.merge(sums)
 
@@ -102,7 +102,7 @@ class AngularDistances:
             InputError: No token was counted.
         """
         sums = self._sums
-        _check_some(sums.tokens)
+        check_some(sums.tokens)
         standard_error = sums.standard_error()
         return Distances(
             layers=self.layers,
@@ -167,14 +167,14 @@ class LayerMoments:
         Raises:
             InputError: The activations hold a NaN or an infinity.
         """
-        _check_layers(streams, self.layers)
+        check_layers(streams, self.layers)
         total, norms, centered_norms = _zero(), _zero(), _zero()
         for chunk in _chunks(streams):
             total = total + chunk.sum(0)
             norms = norms + chunk.norm(dim=-1).sum(0)
             if self.center is not None:
-                centered_norms = centered_norms + _centered(chunk, self.center).norm(dim=-1).sum(0)
-        _check_finite(total, streams, self.layers)
+                centered_norms = centered_norms + centered(chunk, self.center).norm(dim=-1).sum(0)
+        check_finite(total, streams, self.layers)
         self._tokens += streams.shape[1]
         self._sum = self._sum + total
         self._norms = self._norms + norms
@@ -186,7 +186,7 @@ class LayerMoments:
         Raises:
             InputError: No token was counted.
         """
-        _check_some(self._tokens)
+        check_some(self._tokens)
         return Moments(
             layers=self.layers,
             mean=self._sum / self._tokens,
@@ -252,17 +252,17 @@ def _chunks(
     numbers = CHUNK_NUMBERS.get(streams.device.type, CHUNK_NUMBERS["cpu"])
     size = max(1, numbers // (n_layers * (n_layers + d_model)))
     for start in range(0, n_tokens, size):
-        chunk = streams[:, start : start + size].to(_home(streams))
+        chunk = streams[:, start : start + size].to(home_of(streams))
         yield chunk.to(torch.float64).transpose(0, 1)
 
 
-def _centered(
+def centered(
     chunk: Float64[Tensor, "token layer d_model"], center: Float[Tensor, "layer d_model"] | None
 ) -> Float64[Tensor, "token layer d_model"]:
     return chunk if center is None else chunk - center.to(chunk.device).to(torch.float64)
 
 
-def _home(streams: Tensor) -> torch.device:
+def home_of(streams: Tensor) -> torch.device:
     """Where the arithmetic is done: with the streams, but for devices that know no float64."""
     return torch.device("cpu") if streams.device.type == "mps" else streams.device
 
@@ -272,7 +272,7 @@ def _zero() -> Float64[Tensor, ""]:
     return torch.zeros((), dtype=torch.float64)
 
 
-def _check_layers(streams: Tensor, layers: tuple[int, ...]) -> None:
+def check_layers(streams: Tensor, layers: tuple[int, ...]) -> None:
     if len(streams) != len(layers):
         raise InputError(
             f"streams: {len(streams)} residual streams for layers {format_layers(layers)}; "
@@ -280,7 +280,7 @@ def _check_layers(streams: Tensor, layers: tuple[int, ...]) -> None:
         )
 
 
-def _check_finite(sums: Tensor, streams: Tensor, layers: tuple[int, ...]) -> None:
+def check_finite(sums: Tensor, streams: Tensor, layers: tuple[int, ...]) -> None:
     """Raises if a NaN or infinity went into the sums; costs one look at the few sums."""
     if bool(sums.isfinite().all()):
         return
@@ -292,6 +292,6 @@ def _check_finite(sums: Tensor, streams: Tensor, layers: tuple[int, ...]) -> Non
     )
 
 
-def _check_some(tokens: int) -> None:
+def check_some(tokens: int) -> None:
     if tokens == 0:
         raise InputError("no token was measured: the corpus gave none; give it more text")

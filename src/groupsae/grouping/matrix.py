@@ -19,6 +19,13 @@ from groupsae.grouping.layers import checked_layers, format_layers
 Matrix = Float64[np.ndarray, "layer layer"]
 AnyArray = Shaped[np.ndarray, "..."]
 
+# What the entries are, by the similarity that they come from.
+QUANTITIES = {
+    "angular": "angular distance",
+    "cka": "1 − linear CKA",
+    "svcca": "1 − SVCCA",
+}
+
 # A matrix from elsewhere may have been computed in float32, where arccos near a cosine of 1 is off
 # by 3e-4 / pi and the two triangles may round differently.
 DIAGONAL_TOLERANCE = 1e-3
@@ -27,14 +34,16 @@ SYMMETRY_TOLERANCE = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class Distances:
-    """Mean angular distance between the residual streams of every two layers.
+    """Distance between the residual streams of every two layers.
 
     Attributes:
         layers: The layers' numbers in the host model, ascending; one row and column each.
-        matrix: Distances in [0, 1] (angle / pi). Symmetric, zero on the diagonal; read-only.
+        matrix: Distances in [0, 1]. Symmetric, zero on the diagonal; read-only.
         standard_error: Standard error of each entry, or None where it is unknown.
         tokens: Tokens that were averaged over, or None where it is unknown.
         center: Whether each layer's mean was subtracted first, or None where it is unknown.
+        similarity: What the distances are, a key of `QUANTITIES`: mean angle / pi, 1 - linear CKA
+            or 1 - SVCCA.
 
     Raises:
         InputError: The matrix is none of distances, or does not fit the layers.
@@ -45,9 +54,11 @@ class Distances:
     standard_error: Matrix | None = None
     tokens: int | None = None
     center: bool | None = None
+    similarity: str = "angular"
 
     def __post_init__(self) -> None:
         layers = checked_layers(self.layers, "distances")
+        _check_similarity(self.similarity, "distances")
         matrix = self.matrix.copy()
         _check_square(matrix, "distances", len(layers))
         _check_values(matrix, "distances")
@@ -74,6 +85,7 @@ class Distances:
         standard_error: Matrix | None = None,
         tokens: int | None = None,
         center: bool | None = None,
+        similarity: str = "angular",
         source: str = "distances",
     ) -> Distances:
         """Distances from a matrix made elsewhere: symmetric, or lower-triangular.
@@ -88,6 +100,7 @@ class Distances:
             standard_error: As in `Distances`, like `tokens` and `center`.
             tokens: How many were averaged over.
             center: Whether each layer's mean was subtracted.
+            similarity: What they are: a key of `QUANTITIES`.
             source: What error messages name.
 
         Raises:
@@ -123,6 +136,7 @@ class Distances:
             standard_error=standard_error,
             tokens=tokens,
             center=center,
+            similarity=similarity,
         )
 
     def select(self, layers: Sequence[int]) -> Distances:
@@ -146,7 +160,13 @@ class Distances:
             standard_error=None if self.standard_error is None else self.standard_error[square],
             tokens=self.tokens,
             center=self.center,
+            similarity=self.similarity,
         )
+
+    @property
+    def quantity(self) -> str:
+        """The name of what the entries are: "angular distance"."""
+        return QUANTITIES[self.similarity]
 
     def to_json(self) -> dict[str, Any]:
         """What `distances.json` of a run directory holds; floats survive the way there and back."""
@@ -158,6 +178,7 @@ class Distances:
             ),
             "tokens": self.tokens,
             "center": self.center,
+            "similarity": self.similarity,
         }
 
     @classmethod
@@ -172,7 +193,7 @@ class Distances:
         if not isinstance(data, dict):
             raise InputError(
                 f"{source}: holds no JSON object; expected the keys "
-                "layers, matrix, standard_error, tokens, center"
+                "layers, matrix, standard_error, tokens, center, similarity"
             )
         for key in ("layers", "matrix"):
             if not isinstance(data.get(key), list):
@@ -182,6 +203,8 @@ class Distances:
             raise InputError(f"{source}: tokens is {tokens!r}; expected an integer or null")
         if center is not None and not isinstance(center, bool):
             raise InputError(f"{source}: center is {center!r}; expected true, false or null")
+        similarity = data.get("similarity", "angular")
+        _check_similarity(similarity, source)
         layers = checked_layers(data["layers"], f"{source}: layers")
         standard_error = None
         if data.get("standard_error") is not None:
@@ -197,7 +220,18 @@ class Distances:
             standard_error=standard_error,
             tokens=tokens,
             center=center,
+            similarity=similarity,
         )
+
+
+def threshold_note(similarity: str) -> str | None:
+    """What to know of AMAD's threshold where the distances are no angles; None where they are."""
+    if similarity == "angular":
+        return None
+    return (
+        f"The threshold of 0.2 on AMAD was chosen for angular distances; {QUANTITIES[similarity]} "
+        "has another scale, so look at every G and set grouping.threshold or grouping.groups."
+    )
 
 
 def load_distances(path: str | Path) -> Distances:
@@ -319,6 +353,13 @@ def _from_rows(rows: object, source: str) -> AnyArray:
     return matrix
 
 
+def _check_similarity(similarity: object, source: str) -> None:
+    if not isinstance(similarity, str) or similarity not in QUANTITIES:
+        raise InputError(
+            f"{source}: similarity is {similarity!r}; expected one of {', '.join(QUANTITIES)}"
+        )
+
+
 def _check_square(matrix: AnyArray, source: str, n_layers: int | None) -> None:
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.size == 0:
         shape = " x ".join(map(str, matrix.shape))
@@ -338,6 +379,6 @@ def _check_values(matrix: AnyArray, source: str) -> None:
         mend = (
             "every entry of the lower triangle must be a finite number"
             if not np.isfinite(value)
-            else "angular distances lie in [0, 1] (divide angles in radians by pi)"
+            else "distances lie in [0, 1] (divide angles in radians by pi)"
         )
         raise InputError(f"{source}: row {row}, column {column} holds {value:g}; {mend}")
