@@ -13,12 +13,14 @@ from groupsae.errors import InputError
 from groupsae.grouping.cost import CostModel
 from groupsae.grouping.matrix import Distances
 from groupsae.grouping.methods import complete_linkage, even, optimal
-from groupsae.grouping.partition import Partition, amad, largest_diameter
+from groupsae.grouping.partition import Partition, amad, diameters, largest_diameter
+from groupsae.grouping.prediction import BASIS, predict
 from groupsae.grouping.table import PartitionTable, choose, group_layers
 from tests.grouping.matrices import any_matrix, arbitrary, robinson
 
 COST = CostModel(d_model=64, n_layers=8, context_length=128, d_sae=1024)
 DISTANCES = Distances.from_matrix(robinson(7, seed=3))
+LOSS = "predicted_explained_variance_loss"
 
 
 @given(any_matrix(), st.floats(0.001, 2), st.sampled_from(["linkage", "optimal", "even"]))
@@ -143,16 +145,56 @@ def test_what_does_not_fit_together_is_refused(arguments: dict[str, Any], proble
 
 def test_partition_json_has_the_keys_that_other_scripts_read() -> None:
     data = group_layers(DISTANCES, cost=COST).to_json()
-    assert list(data) == ["layers", "method", "threshold", "chosen", "by_groups"]
+    assert list(data) == ["layers", "method", "threshold", "chosen", "prediction", "by_groups"]
     assert list(data["by_groups"]) == [str(G) for G in range(1, 8)]
     for row in data["by_groups"].values():
-        assert list(row) == ["groups", "amad", "largest_diameter", "flops_per_token"]
+        assert list(row) == [
+            "groups",
+            "amad",
+            "largest_diameter",
+            "flops_per_token",
+            "predicted_explained_variance_loss",
+            "predicted_ce_loss_score_loss",
+        ]
 
 
-@given(any_matrix(), st.booleans())
+def test_losses_are_predicted_from_the_diameters_of_centred_angles() -> None:
+    distances = Distances.from_matrix(robinson(7, seed=3), center=True)
+    table = group_layers(distances)
+    assert table.prediction == BASIS
+    for row in table.by_groups.values():
+        sizes = [len(group) for group in row.partition.groups]
+        assert row.prediction == predict(diameters(distances, row.partition), sizes)
+    means = [row.prediction.ce_loss_score.mean for row in table.by_groups.values()]
+    assert means == sorted(means, reverse=True)  # each partition refines the one before it
+    data = table.to_json()["by_groups"]["2"]["predicted_ce_loss_score_loss"]
+    assert list(data) == ["mean", "low", "high"]
+
+
+@pytest.mark.parametrize("kind", [{}, {"center": False}, {"center": True, "similarity": "cka"}])
+def test_other_distances_give_the_reason_instead_of_a_prediction(kind: dict[str, Any]) -> None:
+    table = group_layers(Distances.from_matrix(robinson(7, seed=3), **kind))
+    assert table.prediction.startswith("No loss is predicted")
+    data = table.to_json()
+    assert data["prediction"] == table.prediction
+    for row in data["by_groups"].values():
+        assert row["predicted_explained_variance_loss"] is None
+
+
+def test_a_table_from_before_there_were_predictions_is_read() -> None:
+    data = group_layers(Distances.from_matrix(robinson(7, seed=3), center=True)).to_json()
+    del data["prediction"]
+    for row in data["by_groups"].values():
+        del row["predicted_explained_variance_loss"], row["predicted_ce_loss_score_loss"]
+    table = PartitionTable.from_json(data)
+    assert table.prediction is None
+    assert all(row.prediction is None for row in table.by_groups.values())
+
+
+@given(any_matrix(), st.booleans(), st.sampled_from([True, False, None]))
 @settings(deadline=None, max_examples=30)
-def test_a_table_survives_json(matrix: np.ndarray, costed: bool) -> None:
-    distances = Distances.from_matrix(matrix)
+def test_a_table_survives_json(matrix: np.ndarray, costed: bool, center: bool | None) -> None:
+    distances = Distances.from_matrix(matrix, center=center)
     table = group_layers(distances, threshold=0.1, cost=COST if costed else None)
     assert PartitionTable.from_json(json.loads(json.dumps(table.to_json()))) == table
 
@@ -179,10 +221,14 @@ def test_a_table_without_measures_survives_json() -> None:
         (lambda data: data["by_groups"]["2"].update(groups=[list(range(7))]), "must agree"),
         (lambda data: data["by_groups"]["2"].update(amad=float("nan")), "amad is nan"),
         (lambda data: data["by_groups"]["2"].update(flops_per_token="9"), "'flops_per_token'"),
+        (lambda data: data.update(prediction=3), "'prediction' must be there and hold a str"),
+        (lambda data: data["by_groups"]["2"][LOSS].pop("low"), f"{LOSS} is .*; expected mean, low"),
+        (lambda data: data["by_groups"]["2"][LOSS].update(high="x"), f"{LOSS}: high is 'x'"),
     ],
 )
 def test_a_spoilt_table_is_refused_by_name(change: Any, problem: str) -> None:
-    data = deepcopy(group_layers(Distances.from_matrix(arbitrary(7, seed=0)), cost=COST).to_json())
+    distances = Distances.from_matrix(arbitrary(7, seed=0), center=True)
+    data = deepcopy(group_layers(distances, cost=COST).to_json())
     change(data)
     with pytest.raises(InputError, match=f"^mine.json: ?.*{problem}"):
         PartitionTable.from_json(data, "mine.json")

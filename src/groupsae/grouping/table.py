@@ -12,10 +12,18 @@ from groupsae.grouping.cost import CostModel
 from groupsae.grouping.layers import checked_layers
 from groupsae.grouping.matrix import Distances
 from groupsae.grouping.methods import complete_linkage, even, optimal
-from groupsae.grouping.partition import Partition, amad, largest_diameter, parse_partition
+from groupsae.grouping.partition import (
+    Partition,
+    amad,
+    diameters,
+    largest_diameter,
+    parse_partition,
+)
+from groupsae.grouping.prediction import BASIS, Loss, Prediction, predict, why_not
 
 Method = Literal["linkage", "optimal", "even", "explicit"]
 METHODS: tuple[str, ...] = get_args(Method)
+_LOSS_KEY = "predicted_{}_loss"
 
 
 def group_layers(
@@ -89,6 +97,7 @@ def group_layers(
         threshold=float(threshold) if by_threshold else None,
         chosen=next(iter(rows)) if groups is None else groups,
         by_groups=rows,
+        prediction=None if distances is None else why_not(distances) or BASIS,
     )
 
 
@@ -122,6 +131,7 @@ class PartitionRow:
     amad: float | None
     largest_diameter: float | None
     flops_per_token: int | None
+    prediction: Prediction | None
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,8 @@ class PartitionTable:
         threshold: The AMAD that the choice had to stay below; None where G was given.
         chosen: The number of groups that is taken.
         by_groups: G -> partition into G groups, and its measures.
+        prediction: What the rows' predicted losses rest on, or why there are none; None without
+            distances.
     """
 
     layers: tuple[int, ...]
@@ -141,6 +153,7 @@ class PartitionTable:
     threshold: float | None
     chosen: int
     by_groups: Mapping[int, PartitionRow]
+    prediction: str | None
 
     @property
     def partition(self) -> Partition:
@@ -154,12 +167,14 @@ class PartitionTable:
             "method": self.method,
             "threshold": self.threshold,
             "chosen": self.chosen,
+            "prediction": self.prediction,
             "by_groups": {
                 str(G): {
                     "groups": [list(group) for group in row.partition.groups],
                     "amad": row.amad,
                     "largest_diameter": row.largest_diameter,
                     "flops_per_token": row.flops_per_token,
+                    **_prediction_json(row.prediction),
                 }
                 for G, row in self.by_groups.items()
             },
@@ -192,11 +207,14 @@ class PartitionTable:
                 amad=_number(value, "amad", name),
                 largest_diameter=_number(value, "largest_diameter", name),
                 flops_per_token=_get(value, "flops_per_token", int, name, optional=True),
+                prediction=_prediction(value, name),
             )
         chosen = _get(data, "chosen", int, source)
         if chosen not in rows:
             raise InputError(f"{source}: chosen is {chosen} but by_groups has no such entry")
-        return cls(layers, method, _number(data, "threshold", source), chosen, rows)
+        threshold = _number(data, "threshold", source)
+        prediction = _get(data, "prediction", str, source, optional=True)
+        return cls(layers, method, threshold, chosen, rows, prediction)
 
 
 def _partitions(
@@ -217,12 +235,40 @@ def _partitions(
 
 
 def _row(partition: Partition, distances: Distances | None, cost: CostModel | None) -> PartitionRow:
+    prediction = None
+    if distances is not None and why_not(distances) is None:
+        sizes = [len(group) for group in partition.groups]
+        prediction = predict(diameters(distances, partition), sizes)
     return PartitionRow(
         partition,
         amad=None if distances is None else amad(distances, partition),
         largest_diameter=None if distances is None else largest_diameter(distances, partition),
         flops_per_token=None if cost is None else cost.flops_per_token(partition.G),
+        prediction=prediction,
     )
+
+
+def _prediction_json(prediction: Prediction | None) -> dict[str, Any]:
+    losses = dict.fromkeys(Prediction._fields) if prediction is None else prediction._asdict()
+    return {
+        _LOSS_KEY.format(metric): None if loss is None else loss._asdict()
+        for metric, loss in losses.items()
+    }
+
+
+def _prediction(data: dict[str, Any], source: str) -> Prediction | None:
+    losses = {}
+    for metric in Prediction._fields:
+        key = _LOSS_KEY.format(metric)
+        loss = _get(data, key, dict, source, optional=True)
+        if loss is None:
+            return None
+        found = [_number(loss, name, f"{source}: {key}") for name in Loss._fields]
+        numbers = [number for number in found if number is not None]
+        if len(numbers) < len(found):
+            raise InputError(f"{source}: {key} is {loss}; expected {', '.join(Loss._fields)}")
+        losses[metric] = Loss(*numbers)
+    return Prediction(**losses)
 
 
 def _get(data: object, key: str, kind: type, source: str, *, optional: bool = False) -> Any:
