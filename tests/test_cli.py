@@ -128,6 +128,39 @@ def test_groups_of_a_matrix_from_elsewhere(groupsae, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("kind", "predicted"),
+    [
+        ({"center": True}, True),
+        ({"center": False}, False),
+        ({"center": True, "similarity": "cka"}, False),
+        ({}, False),
+    ],
+)
+def test_groups_and_plan_predict_losses_from_centred_angles_alone(
+    groupsae, tmp_path, kind, predicted
+):
+    path = tmp_path / "distances.json"
+    matrix = [[0, 0.2, 0.4], [0.2, 0, 0.3], [0.4, 0.3, 0]]
+    path.write_text(json.dumps({"layers": [0, 1, 2], "matrix": matrix, **kind}))
+    sizes = ["host.n_layers=4", "host.d_model=32", "sae.k=8"]
+    _, groups, _ = groupsae("groups", "--distances", path, "-o", tmp_path / "run", *sizes)
+    code, plan, err = groupsae("plan", tmp_path / "run", "training.tokens=1M")
+    assert code == 0, err
+    for out in (groups, plan):
+        said = " ".join(out.split())
+        if predicted:  # 0.138 * 0.4 * 2/3, 0.0496 * 0.4^2; G = 2: 0.2 * 1/2 * 2/3, 0.2^2 * 2/3
+            assert re.search(r"0\.0368 \(0\.0287–0\.0684\).*0\.0079 \(0\.0054–0\.0103\)", said)
+            assert re.search(r"0\.0092 \(0\.0072–0\.0171\).*0\.0013 \(0\.0009–0\.0017\)", said)
+            assert "predicted from Pythia TopK SAEs at 1B tokens, angular centred distances" in said
+        else:
+            assert "No loss is predicted" in said
+            assert "of CELS" not in said
+    _, other, _ = groupsae("plan", tmp_path / "run", "grouping.distance_tokens=1M")
+    assert "redicted loss" not in other  # other distances than the run's are asked for
+    assert "oss is predicted" not in other
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["run", "sae.kk=3"], "did you mean sae.k?"),

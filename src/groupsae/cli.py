@@ -13,14 +13,17 @@ import typer
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from groupsae import __version__
 from groupsae.config import Config, keys
-from groupsae.directory import stored_config
+from groupsae.directory import RunDirectory, stored_config
 from groupsae.errors import InputError
 from groupsae.run import Run, chosen_beforehand, cost_model, covered_layers, grouped
 
 if TYPE_CHECKING:
+    from groupsae.grouping.matrix import Distances
+    from groupsae.grouping.prediction import Prediction
     from groupsae.grouping.table import PartitionTable
     from groupsae.training.memory import MemoryAccount
 
@@ -34,6 +37,7 @@ app = typer.Typer(
 out = Console()
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_LOSSES = ("predicted loss\nof EV", "predicted loss\nof CELS")
 
 _KEYS = "[bold]Keys[/bold] (KEY=VALUE; every key has a default)\n\n" + "\n\n".join(
     f"[cyan]{path}[/cyan] ({kind}, default {default}): {meaning}".replace("[[", r"\[[")
@@ -72,10 +76,15 @@ def run_all(inputs: Inputs = None, out_directory: Out = None, redo: Redo = False
 
 @app.command(epilog=_KEYS)
 def distances(inputs: Inputs = None, out_directory: Out = None, redo: Redo = False) -> None:
-    """Measure the mean angular distance between all pairs of layers."""
+    """Measure the distance between all pairs of layers: the mean angle, or grouping.similarity."""
+    from groupsae.grouping.matrix import threshold_note
+
     run = _open(inputs, out_directory, redo)
     result = run.distances()
-    table = Table(title=f"Mean angular distance, {result.tokens:,} tokens")
+    table = Table(
+        title=f"Distances between layers: {result.quantity}, {result.tokens:,} tokens",
+        caption=threshold_note(result.similarity),
+    )
     table.add_column("layer", justify="right")
     for layer in result.layers:
         table.add_column(str(layer), justify="right")
@@ -115,6 +124,20 @@ def train(inputs: Inputs = None, out_directory: Out = None, redo: Redo = False) 
 
 
 @app.command(epilog=_KEYS)
+def cache(
+    inputs: Inputs = None,
+    out_directory: Out = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many to hold; by default as many as training takes."),
+    ] = None,
+) -> None:
+    """Write residual streams to training.activation_cache, for many runs over the same layers."""
+    path = _open(inputs, out_directory, redo=False).cache(tokens)
+    out.print(f"Activation cache: {path}", soft_wrap=True, markup=False)
+
+
+@app.command(epilog=_KEYS)
 def evaluate(inputs: Inputs = None, out_directory: Out = None, redo: Redo = False) -> None:
     """Judge every SAE at every layer on held-out text."""
     _show_evaluation(_open(inputs, out_directory, redo).evaluate())
@@ -130,8 +153,8 @@ def report(inputs: Inputs = None, out_directory: Out = None, redo: Redo = False)
 @app.command(epilog=_KEYS)
 def plan(inputs: Inputs = None) -> None:
     """Check a config and print what it would cost for every G; loads no weights if it can."""
-    config, _ = _config(inputs)
-    _show_plan(config)
+    config, directory = _config(inputs)
+    _show_plan(config, None if directory is None else _measured(directory, config))
 
 
 def main() -> None:
@@ -215,19 +238,44 @@ def _group_file(config: Config, path: Path, directory: Path | None, redo: bool) 
 
 
 def _show_groups(result: PartitionTable) -> None:
-    table = Table(title=f"Groups by {result.method}, chosen: G = {result.chosen}")
-    for column in ("G", "groups", "AMAD", "largest diameter", "FLOPs/token"):
+    table = Table(
+        title=f"Groups by {result.method}, chosen: G = {result.chosen}",
+        caption=_prediction_note(result),
+    )
+    losses = _LOSSES if any(row.prediction for row in result.by_groups.values()) else ()
+    for column in ("G", "groups", "AMAD", *losses, "largest diameter", "FLOPs/token"):
         table.add_column(column, justify="left" if column == "groups" else "right")
     for G, entry in sorted(result.by_groups.items()):
         table.add_row(
             str(G),
             "  ".join(_span(group) for group in entry.partition.groups),
             _number(entry.amad),
+            *(_predicted_losses(entry.prediction) if losses else ()),
             _number(entry.largest_diameter),
             "–" if entry.flops_per_token is None else f"{entry.flops_per_token:.3g}",
             style="bold green" if result.chosen == G else "",
         )
     _print(table)
+
+
+def _prediction_note(result: PartitionTable) -> Text | None:
+    """Under a table of groups: what predicted losses are and rest on, or why there are none."""
+    if result.prediction is None:
+        return None
+    if all(row.prediction is None for row in result.by_groups.values()):
+        return Text(result.prediction)
+    return Text(
+        "Predicted loss of explained variance (EV) and CE-loss score (CELS): mean over layers, "
+        f"against one SAE per layer; {result.prediction}. In brackets the range of 90% of the "
+        "errors on a model that the fit left out."
+    )
+
+
+def _predicted_losses(prediction: Prediction | None) -> list[str]:
+    """Cells for the columns `_LOSSES`."""
+    if prediction is None:
+        return ["–"] * len(_LOSSES)
+    return [f"{loss.mean:.4f} ({loss.low:.4f}–{loss.high:.4f})" for loss in prediction]
 
 
 def _show_evaluation(rows: list[dict[str, Any]]) -> None:
@@ -255,7 +303,17 @@ def _show_evaluation(rows: list[dict[str, Any]]) -> None:
     _print(table)
 
 
-def _show_plan(config: Config) -> None:
+def _measured(directory: Path, config: Config) -> Distances | None:
+    """The distances of a run, where they are those that the config asks for."""
+    from groupsae.grouping.matrix import load_distances
+
+    run = RunDirectory(directory)  # with its own config: writes nothing
+    run.config = config
+    path = directory / "distances.json"
+    return load_distances(path) if path.exists() and run.is_done("distances") else None
+
+
+def _show_plan(config: Config, distances: Distances | None) -> None:
     from groupsae.training.memory import host_bytes, planned_host, size
 
     asked = config.host
@@ -290,13 +348,26 @@ def _show_plan(config: Config) -> None:
         soft_wrap=True,
         markup=False,
     )
-    table = Table(title="Predicted cost, C(G) = A + T G")
+    known = None if distances is None else grouped(distances, config)
+    rows = {} if known is None else known.by_groups
+    losses = _LOSSES if any(row.prediction for row in rows.values()) else ()
+    table = Table(
+        title="Predicted cost, C(G) = A + T G",
+        caption=None if known is None else _prediction_note(known),
+    )
     saved = f"saved against one SAE for each of {len(layers)} layers"
-    for column in ("G", "PFLOP", saved, f"memory{baseline}"):
+    for column in ("G", "PFLOP", saved, f"memory{baseline}", *losses):
         table.add_column(column, justify="right")
     for G, account in memory.items():
         pflop = f"{cost.flops_per_token(G) * tokens / 1e15:,.2f}"
-        table.add_row(str(G), pflop, f"{cost.savings(G, len(layers)):.0%}", size(account.total))
+        row = rows.get(G)
+        table.add_row(
+            str(G),
+            pflop,
+            f"{cost.savings(G, len(layers)):.0%}",
+            size(account.total),
+            *(_predicted_losses(None if row is None else row.prediction) if losses else ()),
+        )
     _print(table)
 
 

@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from groupsae.architectures import BY_COUNT, check_option
 from groupsae.errors import InputError
 
 _MULTIPLES = {"k": 10**3, "m": 10**6, "b": 10**9}
@@ -46,6 +47,7 @@ def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
 
 Count = Annotated[int, BeforeValidator(_count), Field(gt=0)]
 Layers = Annotated[tuple[int, ...], AfterValidator(_ascending)]
+LayerSampling = Literal["uniform", "balanced", "all"]
 
 
 class _Section(BaseModel):
@@ -116,6 +118,12 @@ class GroupingConfig(_Section):
     center: bool = Field(
         True, description="subtract each layer's mean before the angles (v2 of the paper)"
     )
+    similarity: Literal["angular", "cka", "svcca"] = Field(
+        "angular",
+        description="what distances are: mean angles (paper); 1 - linear CKA, debiased; 1 - SVCCA "
+        "of 99% of the variance, which holds 4 * layers^2 * d_model^2 bytes. The paper's threshold "
+        "is for angles",
+    )
     method: Literal["linkage", "optimal", "even"] = Field(
         "linkage",
         description="complete linkage (paper), exact smallest diameters, or groups of equal length",
@@ -134,32 +142,103 @@ class GroupingConfig(_Section):
             raise ValueError("give either grouping.groups or grouping.partition, not both")
         return self
 
+    @model_validator(mode="after")
+    def _means_of_similarity(self) -> GroupingConfig:
+        if self.similarity != "angular" and not self.center:
+            raise ValueError(
+                f"grouping.center: false goes with grouping.similarity=angular alone; "
+                f"{self.similarity} subtracts the means by definition; leave grouping.center out"
+            )
+        return self
+
 
 class SAEConfig(_Section):
     """The dictionary."""
 
-    architecture: Literal["topk"] = Field("topk", description="sparsity rule")
-    k: Count = Field(32, description="active latents per token (paper: 128)")
+    architecture: Literal["topk", "batchtopk", "matryoshka", "jumprelu", "relu", "gated"] = Field(
+        "topk", description="sparsity rule"
+    )
+    k: Count | None = Field(
+        None,
+        description="topk, batchtopk, matryoshka: active latents per token, exactly or on average; "
+        "32 by default (paper: 128)",
+    )
     expansion: Count = Field(16, description="d_sae / d_model")
     d_sae: Count | None = Field(None, description="number of latents, instead of expansion")
-    affine: Literal["none", "scale", "center"] = Field(
+    affine: Literal["none", "scale", "center", "bias", "gain"] = Field(
         "center",
         description="what each member layer has of its own: nothing; its scale (paper); its scale "
-        "and mean",
+        "and mean; these and a learned bias on the latents; these and a learned gain on every "
+        "dimension of input and output",
     )
+    target_l0: float | None = Field(
+        None,
+        gt=0,
+        description="jumprelu: the L0 to train for; 32 by default, unless a "
+        "training.sparsity_weight for the L0 itself is given",
+    )
+    per_layer_threshold: bool = Field(
+        False,
+        description="batchtopk, matryoshka, jumprelu: each member layer has k, or target_l0 and "
+        "thresholds, for itself, instead of the group as a whole",
+    )
+    bandwidth: float | None = Field(
+        None,
+        gt=0,
+        description="jumprelu: width of the estimators' rectangle about a threshold; by default "
+        "0.001 (Rajamanoharan et al. 2024)",
+    )
+    initial_threshold: float | None = Field(
+        None, gt=0, description="jumprelu: where thresholds start; by default 0.001 (the same)"
+    )
+    prefix_shares: tuple[float, ...] | None = Field(
+        None,
+        description="matryoshka: ends of the nested dictionaries in shares of d_sae; by default "
+        "1/32, 3/32, 7/32, 15/32, 1 (Bussmann et al. 2025)",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: Any) -> Any:
+        """What an architecture takes unless it is told; nothing for what it has not."""
+        if not isinstance(values, Mapping):
+            return values
+        architecture = values.get("architecture", "topk")
+        defaults: dict[str, object] = {"k": 32} if architecture in BY_COUNT else {}
+        if architecture == "jumprelu":
+            defaults = {"bandwidth": 0.001, "initial_threshold": 0.001}
+        if architecture == "matryoshka":
+            defaults["prefix_shares"] = [1 / 32, 3 / 32, 7 / 32, 15 / 32, 1]
+        given = {name: value for name, value in values.items() if value is not None}
+        return {**values, **defaults, **given}
+
+    @model_validator(mode="after")
+    def _go_together(self) -> SAEConfig:
+        options = ("k", "target_l0", "per_layer_threshold", "bandwidth", "initial_threshold")
+        for name in (*options, "prefix_shares"):
+            check_option(f"sae.{name}", getattr(self, name), self.architecture)
+        shares = self.prefix_shares
+        if shares is not None and (shares[-1:] != (1,) or sorted({*shares, 0}) != [0, *shares]):
+            raise ValueError(
+                f"sae.prefix_shares: {list(shares)} must rise from above 0 to 1; 1 is all latents"
+            )
+        return self
 
     def width(self, d_model: int) -> int:
         """d_sae for a host of this width.
 
         Raises:
-            InputError: If it is less than k.
+            InputError: If it is less than k, or than the L0 that is aimed at.
         """
         d_sae = self.d_sae or self.expansion * d_model
-        if self.k > d_sae:
-            raise InputError(
-                f"sae.k: {self.k} is more than d_sae = {d_sae} (sae.expansion = {self.expansion} "
-                f"times d_model = {d_model}); lower k or raise sae.expansion"
-            )
+        for name in ("k", "target_l0"):
+            value = getattr(self, name)
+            if value is not None and value > d_sae:
+                raise InputError(
+                    f"sae.{name}: {value} is more than d_sae = {d_sae} (sae.expansion = "
+                    f"{self.expansion} times d_model = {d_model}); lower {name} or raise "
+                    "sae.expansion"
+                )
         return d_sae
 
 
@@ -182,22 +261,91 @@ class TrainingConfig(_Section):
     learning_rate: float | None = Field(
         None, gt=0, description="by default 2e-4 / sqrt(d_sae / 2^14), constant (paper)"
     )
-    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates")
+    threshold_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="jumprelu: of the logarithms of the thresholds; by default 16 / steps, "
+        "so that they can reach any size within the run",
+    )
+    warmup: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of the steps over which the learning rate rises from 0; by default 0, "
+        "with a sparsity penalty 0.05 (paper, v1)",
+    )
+    decay: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of the steps, the last, over which it falls to 0; by default 0, with a "
+        "sparsity penalty 0.2 (paper, v1)",
+    )
+    weight_average: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="save the running mean of the weights with this decay per step instead of the "
+        "last weights",
+    )
+    adam_betas: tuple[float, float] | None = Field(
+        None,
+        description="Adam's decay rates; by default 0.9, 0.999, for jumprelu 0, 0.999",
+    )
     adam_epsilon: float = Field(1e-8, gt=0, description="Adam's epsilon")
     gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm, per SAE")
-    auxk_weight: float = Field(1 / 32, ge=0, description="weight of the auxiliary loss; 0: none")
+    auxk_weight: float | None = Field(
+        None,
+        ge=0,
+        description="topk, batchtopk, matryoshka: weight of the auxiliary loss; 0: none; by "
+        "default 1/32 (paper)",
+    )
+    sparsity_weight: float | None = Field(
+        None,
+        gt=0,
+        description="relu, gated: weight of the L1 penalty; jumprelu: of the distance from "
+        "target_l0, or of the L0. The reconstruction's loss is FVU",
+    )
+    sparsity_warmup: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="relu, gated, jumprelu: share of the steps over which sparsity_weight rises "
+        "from 0; by default 0.05",
+    )
     dead_after_tokens: Count = Field(
         250_000,
         description="a latent that was silent for so many tokens counts as dead (paper: 10M)",
     )
-    layer_sampling: Literal["uniform"] = Field(
-        "uniform", description="per token, which member layer a group sees"
+    layer_sampling: LayerSampling = Field(
+        "uniform",
+        description="which member layers a group sees of a token: one, drawn (paper); one, with "
+        "equally many of each layer in every batch; all, which takes as many times the memory and "
+        "computation for each SAE",
+    )
+    layer_weights: dict[int, Annotated[float, Field(gt=0)]] | None = Field(
+        None,
+        description="by layer, 1 where left out: among a group's layers the probability is in "
+        "proportion (uniform sampling alone)",
     )
     max_norm_multiple: float | None = Field(
         None,
         gt=1,
         description="leave out tokens whose residual stream is longer, at any of the layers, than "
         "this multiple of the layer's mean norm (attention sinks)",
+    )
+    activation_cache: str | None = Field(
+        None,
+        description="folder of residual streams that `groupsae cache` wrote, to train from instead "
+        "of running the host model; several runs may share it",
+    )
+    cache_dtype: Literal["float16", "bfloat16", "float32"] = Field(
+        "float16", description="what the activation cache is stored in"
+    )
+    cache_shuffle: bool = Field(
+        True,
+        description="read the activation cache's files in an order drawn from training.seed; "
+        "false: in the order of the text, as without a cache",
     )
     log_every: Count = Field(20, description="steps between two lines of metrics")
     checkpoint_every: Count = Field(500, description="steps between two checkpoints")
@@ -219,13 +367,34 @@ class TrainingConfig(_Section):
                 f"training.tokens: {self.tokens} is less than one batch "
                 f"(training.batch_tokens = {self.batch_tokens}); raise the one or lower the other"
             )
-        if not all(0 <= beta < 1 for beta in self.adam_betas):
+        if self.layer_weights and self.layer_sampling != "uniform":
+            raise ValueError(
+                f"training.layer_weights: {self.layer_weights} do not go with "
+                f"training.layer_sampling = {self.layer_sampling}, which takes as many rows of "
+                "each layer; leave them out or choose uniform"
+            )
+        if not all(0 <= beta < 1 for beta in self.adam_betas or ()):
             raise ValueError(f"training.adam_betas: {self.adam_betas} must lie in [0, 1)")
         return self
 
     def rate(self, d_sae: int) -> float:
         """The learning rate for a dictionary of this size (Gao et al. 2024, as in the paper)."""
         return self.learning_rate or 2e-4 / (d_sae / 2**14) ** 0.5
+
+    def weights_of(self, layers: Iterable[int]) -> dict[int, float]:
+        """The weight of each of the covered layers in the draw of member layers.
+
+        Raises:
+            InputError: If `layer_weights` names a layer that is not covered.
+        """
+        covered, given = sorted(layers), self.layer_weights or {}
+        for layer, weight in given.items():
+            if layer not in covered:
+                raise InputError(
+                    f"training.layer_weights: {weight} is given for layer {layer}, but the layers "
+                    f"covered are {', '.join(map(str, covered))}; leave it out or cover the layer"
+                )
+        return {layer: given.get(layer, 1.0) for layer in covered}
 
     @property
     def steps(self) -> int:
@@ -265,12 +434,41 @@ class Config(_Section):
         None, description="written by groupsae into a run's config.yaml; not an input"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _target(cls, values: Any) -> Any:
+        """Jumprelu aims at an L0 of 32, unless it is told another, or what an L0 costs."""
+        sae, training = values.get("sae"), values.get("training")
+        if not isinstance(sae, Mapping) or sae.get("architecture") != "jumprelu":
+            return values
+        if isinstance(training, Mapping) and training.get("sparsity_weight") is not None:
+            return values
+        given = {name: value for name, value in sae.items() if value is not None}
+        return {**values, "sae": {"target_l0": 32, **given}}
+
     @model_validator(mode="after")
     def _fits(self) -> Config:
-        if self.sae.d_sae is not None and self.sae.k > self.sae.d_sae:
+        for name in ("k", "target_l0"):
+            value, d_sae = getattr(self.sae, name), self.sae.d_sae
+            if value is not None and d_sae is not None and value > d_sae:
+                raise ValueError(
+                    f"sae.{name}: {value} is more than sae.d_sae = {d_sae}; lower {name}"
+                )
+        options = ("auxk_weight", "sparsity_weight", "sparsity_warmup", "threshold_learning_rate")
+        for name in options:
+            value = getattr(self.training, name)
+            check_option(f"training.{name}", value, self.sae.architecture)
+        if (
+            self.sae.architecture == "jumprelu"
+            and self.sae.target_l0 is None
+            and self.training.sparsity_weight is None
+        ):
             raise ValueError(
-                f"sae.k: {self.sae.k} is more than sae.d_sae = {self.sae.d_sae}; lower k"
+                "sae.architecture: jumprelu needs sae.target_l0, the L0 to aim at, or "
+                "training.sparsity_weight, what an L0 of one costs"
             )
+        if isinstance(self.grouping.layers, tuple):  # elsewhere the host decides
+            self.training.weights_of(self.grouping.layers)
         return self
 
     @classmethod

@@ -32,6 +32,7 @@ _DEPENDS = {
         "grouping.layers",
         "grouping.distance_tokens",
         "grouping.center",
+        "grouping.similarity",
     ),
     "groups": ("grouping", "sae.expansion", "sae.d_sae"),
     "train": ("sae", "training"),
@@ -49,6 +50,8 @@ _IRRELEVANT = (
     "training.checkpoints_kept",
     "training.tracker",
 )
+# Keys that change what comes out only where there is an activation cache.
+_OF_A_CACHE = ("training.activation_cache", "training.cache_dtype", "training.cache_shuffle")
 
 
 class RunDirectory:
@@ -102,9 +105,8 @@ class RunDirectory:
         content = {
             path: value
             for earlier in STAGES[: STAGES.index(stage) + 1]
-            for path, value in _flat(self.config).items()
+            for path, value in _relevant(self.config).items()
             if any(path == on or path.startswith(on + ".") for on in _DEPENDS[earlier])
-            and path not in _IRRELEVANT
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -227,12 +229,21 @@ def _flat(config: Config) -> dict[str, Any]:
     }
 
 
+def _relevant(config: Config) -> dict[str, Any]:
+    """The keys that decide what comes out. Where a cache lies does not; how it is read does."""
+    values = {path: value for path, value in _flat(config).items() if path not in _IRRELEVANT}
+    if values["training.activation_cache"] is not None:
+        return values | {"training.activation_cache": True}
+    return {path: value for path, value in values.items() if path not in _OF_A_CACHE}
+
+
 def _differences(stored: Config, asked: Config) -> list[str]:
     before, now = _flat(stored), _flat(asked)
+    was, is_now = _relevant(stored), _relevant(asked)
     return [
         f"{path} was {before[path]!r}, is now {now[path]!r}"
         for path in now
-        if before[path] != now[path] and path not in _IRRELEVANT
+        if before[path] != now[path] and was.get(path) != is_now.get(path)
     ]
 
 

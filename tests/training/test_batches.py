@@ -2,16 +2,20 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
+from hypothesis import given as for_any
+from hypothesis import settings
+from hypothesis import strategies as st
 
 from groupsae.errors import InputError
 from groupsae.host.ahead import ContextsAhead
 from groupsae.host.model import HostModel
 from groupsae.host.tokens import EndOfText
 from groupsae.sae import SAE, SAEConfig
-from groupsae.training.batches import MixedBatches, NormLimit
+from groupsae.training.batches import MixedBatch, MixedBatches, NormLimit
 from groupsae.training.side_stream import SideStream
 from tests.host.tiny_models import tiny_model
 
@@ -68,7 +72,7 @@ def nearest(rows, table):
 def test_every_row_is_one_token_at_one_member_layer_and_none_comes_twice(host, corpus):
     saes = {"group": make_sae((0, 1, 2))}
     batches = make_batches(host, corpus, saes)
-    rows = torch.cat([batches.next()["group"] for _ in range(2048 // 128)])
+    rows = torch.cat([batches.next()["group"].x for _ in range(2048 // 128)])
     tables = [normalised_rows(host, corpus, saes["group"], layer) for layer in (0, 1, 2)]
     distance, which = nearest(rows, torch.cat(tables))
     assert distance.max() < 1e-4
@@ -81,7 +85,7 @@ def test_every_row_is_one_token_at_one_member_layer_and_none_comes_twice(host, c
 def test_member_layers_are_drawn_per_token_and_uniformly(host, corpus):
     saes = {"group": make_sae((0, 1, 2))}
     batches = make_batches(host, corpus, saes)
-    rows = torch.cat([batches.next()["group"] for _ in range(2048 // 128)])
+    rows = torch.cat([batches.next()["group"].x for _ in range(2048 // 128)])
     tables = [normalised_rows(host, corpus, saes["group"], layer) for layer in (0, 1, 2)]
     layer = nearest(rows, torch.cat(tables)).indices // len(tables[0])
     counts = Counter(layer.tolist())
@@ -100,7 +104,7 @@ def test_groups_and_baseline_see_the_same_tokens_in_the_same_places(host, corpus
     for _ in range(4):
         batch = batches.next()
         tokens = {
-            name: nearest(batch[name], torch.cat(tables[name])).indices % len(tables[name][0])
+            name: nearest(batch[name].x, torch.cat(tables[name])).indices % len(tables[name][0])
             for name in saes
         }
         assert torch.equal(tokens["group"], tokens["zero"])
@@ -111,14 +115,185 @@ def test_a_baseline_does_not_depend_on_the_groups_beside_it(host, corpus):
     alone = make_batches(host, corpus, {"one": make_sae((1,))})
     beside = make_batches(host, corpus, {"group": make_sae((0, 1, 2)), "one": make_sae((1,))})
     for _ in range(8):
-        assert torch.equal(alone.next()["one"], beside.next()["one"])
+        assert torch.equal(alone.next()["one"].x, beside.next()["one"].x)
+
+
+def test_uniform_batches_are_those_of_the_documented_draws(host, corpus):
+    """Recomputed row by row: a layer draw per SAE and forward, one draw of rows per batch."""
+    saes = {"group": make_sae((0, 1, 2)), "one": make_sae((1,)), "two": make_sae((1, 2))}
+    batches = make_batches(host, corpus, saes)
+    stream, rows_of_sae = corpus.train(), {name: [] for name in saes}
+    layer_draws, row_draws = (torch.Generator().manual_seed(2 * 3 + i) for i in (0, 1))
+    for step in range(16):
+        while len(rows_of_sae["one"]) < min(512, 2048 - 128 * step):
+            missing = 2048 - 128 * step - len(rows_of_sae["one"])
+            ids = stream.next_contexts(min(8, -(-missing // 16)))
+            streams = host.residual_streams(ids, [0, 1, 2])
+            for name, sae in saes.items():
+                layers = [sae.layers[0]] * int((ids != 0).sum())
+                if len(sae.layers) > 1:
+                    draws = torch.randint(len(sae.layers), (len(layers),), generator=layer_draws)
+                    layers = [sae.layers[member] for member in draws]
+                kept = {layer: streams[layer][ids != 0] for layer in sae.layers}
+                rows_of_sae[name] += [
+                    (sae.normalize(kept[layer][token], layer), sae.layers.index(layer))
+                    for token, layer in enumerate(layers)
+                ]
+        drawn = torch.randperm(len(rows_of_sae["one"]), generator=row_draws)[:128].tolist()
+        batch = batches.next()
+        for name, rows in rows_of_sae.items():
+            assert torch.equal(batch[name].x, torch.stack([rows[row][0] for row in drawn]))
+            assert batch[name].members.tolist() == [rows[row][1] for row in drawn]
+            left = len(rows) - 128
+            gaps = sorted(row for row in drawn if row < left)
+            movers = [row for row in range(left, len(rows)) if row not in set(drawn)]
+            for gap, mover in zip(gaps, movers, strict=True):
+                rows[gap] = rows[mover]
+            del rows[left:]
+
+
+@contextmanager
+def reading(host, special=(0,), limit=None):
+    """Notes what the host is asked for: a function that gives the text before each trained token,
+    which tells it from the others, and its residual stream at each layer.
+    """
+    visit, texts, streams, kept = host.visit, [], {}, []
+
+    def noted(input_ids, visitors):
+        ok = ~torch.isin(input_ids, torch.tensor(special)).flatten()
+
+        def both(layer, x):
+            streams.setdefault(layer, []).append(x.flatten(0, 1).clone())
+            if limit is not None:
+                ok.logical_and_(~limit.exceeded(streams[layer][-1], layer))
+            visitors[layer](x)
+
+        visit(input_ids, {layer: partial(both, layer) for layer in visitors})
+        texts.extend(tuple(ids[: i + 1]) for ids in input_ids.tolist() for i in range(len(ids)))
+        kept.append(ok)
+
+    def result():
+        chosen = torch.cat(kept)
+        tokens = [text for text, ok in zip(texts, chosen.tolist(), strict=True) if ok]
+        return tokens, {layer: torch.cat(x)[chosen] for layer, x in streams.items()}
+
+    host.visit = noted
+    try:
+        yield result
+    finally:
+        del host.visit
+
+
+def tokens_by_member(sae, batch, read):
+    """Which token each row of a batch is, member by member: rows are found bit by bit."""
+    texts, streams = read
+    found = []
+    for member, layer in enumerate(sae.layers):
+        x = sae.normalize(streams[layer], layer)
+        table = dict(zip(rows_of(x), texts, strict=True))
+        found.append(Counter(table[row] for row in rows_of(batch.x[batch.members == member])))
+    return found
+
+
+GROUPS = st.sampled_from([((0, 1, 2), (1,)), ((0,), (1, 2)), ((0, 1), (0, 1, 2), (2,))])
+
+
+@settings(deadline=None, max_examples=25)
+@for_any(
+    sampling=st.sampled_from(["uniform", "balanced", "all"]),
+    groups=GROUPS,
+    batch_tokens=st.integers(1, 100),
+    more=st.integers(0, 200),
+    contexts=st.integers(1, 9),
+    limited=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_each_token_is_used_once_at_a_layer_or_at_all(
+    host, corpus, sampling, groups, batch_tokens, more, contexts, limited, seed
+):
+    saes = {str(layers): make_sae(layers) for layers in groups}
+    limit = norms_and_limit(host, corpus, (0, 1, 2))[1] if limited else None
+    batches = make_batches(
+        host,
+        corpus,
+        saes,
+        layer_sampling=sampling,
+        total_tokens=7 * batch_tokens,
+        batch_tokens=batch_tokens,
+        buffer_tokens=batch_tokens + more,
+        contexts=contexts,
+        norm_limit=limit,
+        seed=seed,
+    )
+    with reading(host, limit=limit) as result:
+        handed_out = [batches.next() for _ in range(7)]
+    read, state = result(), batches.state()[0]
+    assert batches.excluded.kept == len(read[0])
+    for name, sae in saes.items():
+        x, members = (state[f"{part}.{name}"].flatten(0, 1) for part in ("buffer", "members"))
+        parts = [batch[name] for batch in handed_out] + [MixedBatch(x, members.long())]
+        counts = [torch.bincount(p.members, minlength=len(sae.layers)).tolist() for p in parts[:-1]]
+        found = [tokens_by_member(sae, part, read) for part in parts]
+        by_member = [sum(counters, Counter()) for counters in zip(*found, strict=True)]
+        if sampling == "all":
+            assert by_member == [Counter(read[0])] * len(sae.layers)
+            for part, batch in zip(found, handed_out, strict=False):
+                assert part == [part[0]] * len(sae.layers), "all rows of a token in one batch"
+                assert len(batch[name].x) == batch_tokens * len(sae.layers)
+        else:
+            assert sum(by_member, Counter()) == Counter(read[0])
+            assert [sum(count) for count in counts] == [batch_tokens] * 7
+        if sampling == "balanced":
+            for start in range(7):
+                for stretch in range(1, 8 - start):
+                    total = torch.tensor(counts[start : start + stretch]).sum(0)
+                    assert total.max() - total.min() <= 1
+
+
+def test_balanced_batches_of_one_layer_and_their_text_are_those_of_uniform(host, corpus):
+    saes = {"group": make_sae((0, 1, 2)), "one": make_sae((1,))}
+    uniform, balanced = (
+        make_batches(host, corpus, saes, layer_sampling=name) for name in ("uniform", "balanced")
+    )
+    for _ in range(16):
+        one, other = uniform.next(), balanced.next()
+        assert_same(([{"one": other["one"]}], ""), ([{"one": one["one"]}], ""))
+        assert balanced.stream.state_dict() == uniform.stream.state_dict()
+
+
+def test_a_small_buffer_that_a_norm_limit_unbalances_grows_and_stays_balanced(host, corpus):
+    saes = {"group": make_sae((0, 1, 2))}
+    limit = norms_and_limit(host, corpus, (0, 1, 2))[1]
+    sizes = {"batch_tokens": 96, "buffer_tokens": 96, "contexts": 1, "total_tokens": 96 * 12}
+    batches = make_batches(host, corpus, saes, norm_limit=limit, layer_sampling="balanced", **sizes)
+    room = batches.buffer.shape[1]
+    for step in range(12):
+        assert torch.bincount(batches.next()["group"].members).tolist() == [32] * 3
+        if step == 6:
+            state = saved(batches)
+    assert room < batches.buffer.shape[1] == batches.members.shape[1]
+    again = make_batches(host, corpus, saes, norm_limit=limit, layer_sampling="balanced", **sizes)
+    again.load_state(*state)
+    given(again)
+    for name, tensor in saved(batches)[0].items():
+        assert torch.equal(saved(again)[0][name], tensor), name
+
+
+def test_layers_are_drawn_in_proportion_to_their_weights(host, corpus):
+    saes = {"group": make_sae((0, 1, 2)), "two": make_sae((1, 2))}
+    batches = make_batches(host, corpus, saes, layer_weights={0: 2.0, 2: 0.5})
+    drawn = [batches.next() for _ in range(16)]
+    for name, shares in {"group": (4 / 7, 2 / 7, 1 / 7), "two": (2 / 3, 1 / 3)}.items():
+        found = torch.bincount(torch.cat([batch[name].members for batch in drawn]))
+        for count, share in zip(found.tolist(), shares, strict=True):
+            assert abs(count - 2048 * share) < 5 * (2048 * share * (1 - share)) ** 0.5
 
 
 def test_a_batch_mixes_the_tokens_of_many_contexts(host, corpus):
     saes = {"one": make_sae((1,))}
     batches = make_batches(host, corpus, saes)
     table = normalised_rows(host, corpus, saes["one"], 1)
-    last = torch.cat([batches.next()["one"] for _ in range(8)])[-128:]
+    last = torch.cat([batches.next()["one"].x for _ in range(8)])[-128:]
     context = nearest(last, table).indices // 16
     assert len(set(context.tolist())) > 30
 
@@ -145,7 +320,7 @@ def test_long_tokens_are_left_out_of_every_sae_and_counted(host, corpus):
     saes = {"group": make_sae((0, 1)), "one": make_sae((1,))}
     norms, limit = norms_and_limit(host, corpus, (0, 1))
     batches = make_batches(host, corpus, saes, norm_limit=limit)
-    rows = torch.cat([batches.next()["one"] for _ in range(16)])
+    rows = torch.cat([batches.next()["one"].x for _ in range(16)])
     read = batches.excluded.kept + batches.excluded.long
     too_long = torch.stack([norm > 1.2 * norm.mean() for norm in norms.values()]).any(0)[:read]
     assert batches.excluded.long == too_long.sum().item() > 0
@@ -159,20 +334,20 @@ def test_norms_beyond_float16_are_compared_as_they_are():
     assert NormLimit(1.2, {0: 100_000.0}).exceeded(x, 0)
 
 
-def test_state_continues_with_the_same_batches(host, corpus):
+@pytest.mark.parametrize("sampling", ["uniform", "balanced", "all"])
+def test_state_continues_with_the_same_batches(host, corpus, sampling):
     saes = {"group": make_sae((0, 1, 2)), "one": make_sae((1,))}
-    batches = make_batches(host, corpus, saes)
+    batches = make_batches(host, corpus, saes, layer_sampling=sampling)
     for _ in range(5):
         batches.next()
     tensors, rest = batches.state()
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     expected = [batches.next() for _ in range(6)]
 
-    continued = make_batches(host, corpus, saes, seed=99)
+    continued = make_batches(host, corpus, saes, layer_sampling=sampling, seed=99)
     continued.load_state(tensors, rest)
     for batch in expected:
-        for name, x in continued.next().items():
-            assert torch.equal(x, batch[name])
+        assert_same(([continued.next()], ""), ([batch], ""))
 
 
 def test_running_out_of_text_is_said(host, corpus):
@@ -230,12 +405,16 @@ def late_stream(monkeypatch):
     monkeypatch.setattr("groupsae.training.batches.SideStream", side_stream)
 
 
+def copied(batch):
+    return MixedBatch(batch.x.clone(), batch.members.clone())
+
+
 def given(batches, number=None):
     """The next batches, and how the text is said to end if it does."""
     end, rows = "", []
     try:
         while len(rows) != number and batches.handed_out < batches.total_tokens:
-            rows.append({name: x.clone() for name, x in batches.next().items()})
+            rows.append({name: copied(batch) for name, batch in batches.next().items()})
     except EndOfText as error:
         end = str(error)
     return rows, end
@@ -246,7 +425,8 @@ def assert_same(these, those):
     for this, that in zip(these[0], those[0], strict=True):
         assert this.keys() == that.keys()
         for name in this:
-            assert torch.equal(this[name], that[name])
+            assert torch.equal(this[name].x, that[name].x)
+            assert torch.equal(this[name].members, that[name].members)
 
 
 def saved(batches):
@@ -277,8 +457,9 @@ class TestOverlap:
 
         return make
 
-    def test_it_changes_no_batch_and_reads_no_more(self, make):
-        plain, overlapping = make(overlap=False), make(overlap=True)
+    @pytest.mark.parametrize("sampling", ["uniform", "balanced", "all"])
+    def test_it_changes_no_batch_and_reads_no_more(self, make, sampling):
+        plain, overlapping = (make(overlap=o, layer_sampling=sampling) for o in (False, True))
         assert_same(given(overlapping), given(plain))
         assert overlapping.excluded == plain.excluded
         assert overlapping.stream.state_dict() == plain.stream.state_dict()
@@ -365,13 +546,22 @@ def test_on_the_cpu_nothing_is_read_before_it_is_needed(host, corpus):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("limited", [False, True])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_on_cuda_overlap_changes_no_batch(corpus, sizes, limited):
+@pytest.mark.parametrize("sampling", ["uniform", "balanced", "all"])
+def test_on_cuda_overlap_changes_no_batch(corpus, sizes, limited, sampling):
     host = HostModel(tiny_model("gpt_neox").cuda())
     saes = {"group": make_sae((0, 1, 2)).cuda(), "one": make_sae((1,)).cuda()}
     limit = norms_and_limit(host, corpus, (0, 1, 2))[1] if limited else None
 
     def run(overlap):
-        batches = make_batches(host, corpus, saes, norm_limit=limit, overlap=overlap, **sizes)
+        batches = make_batches(
+            host,
+            corpus,
+            saes,
+            norm_limit=limit,
+            layer_sampling=sampling,
+            overlap=overlap,
+            **sizes,
+        )
         assert batches.overlap is overlap
         rows = []
         for step in range(16):

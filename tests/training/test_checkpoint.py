@@ -27,7 +27,7 @@ class Stopped(Exception):
     pass
 
 
-def run(host, corpus, directory, *, stop_at=None, config="this"):
+def run(host, corpus, directory, *, stop_at=None, config="this", sampling="uniform"):
     """Train two SAEs; stop with an exception when the given step would be logged."""
     saes = {
         name: SAE(
@@ -45,6 +45,7 @@ def run(host, corpus, directory, *, stop_at=None, config="this"):
         buffer_tokens=CONFIG.buffer_tokens,
         contexts=8,
         special=(0,),
+        layer_sampling=sampling,
     )
     learners = {name: Learner(sae, CONFIG) for name, sae in saes.items()}
     records = []
@@ -66,13 +67,15 @@ def weights(learners):
     }
 
 
-@pytest.mark.parametrize("stop_at", [8, 16])
-def test_a_stopped_run_continues_to_the_same_bits(host, corpus, tmp_path, stop_at):
-    expected, _ = run(host, corpus, tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("stop_at", "sampling"), [(8, "uniform"), (16, "uniform"), (16, "balanced"), (16, "all")]
+)
+def test_a_stopped_run_continues_to_the_same_bits(host, corpus, tmp_path, stop_at, sampling):
+    expected, _ = run(host, corpus, tmp_path / "whole", sampling=sampling)
     with pytest.raises(Stopped):
-        run(host, corpus, tmp_path / "stopped", stop_at=stop_at)
+        run(host, corpus, tmp_path / "stopped", stop_at=stop_at, sampling=sampling)
     assert Checkpoints(tmp_path / "stopped", "this").step() == stop_at // 6 * 6
-    continued, records = run(host, corpus, tmp_path / "stopped")
+    continued, records = run(host, corpus, tmp_path / "stopped", sampling=sampling)
     assert records[0]["step"] > stop_at // 6 * 6
     for name, tensor in weights(expected).items():
         assert torch.equal(tensor, weights(continued)[name]), name

@@ -23,7 +23,7 @@ from groupsae.grouping.distance import Moments
 from groupsae.host.model import HostModel
 from groupsae.host.tokens import open_corpus
 from groupsae.sae import SAE, SAEConfig
-from groupsae.sae.kernels import cpu, sparse, triton
+from groupsae.sae.kernels import cpu, selection, triton
 from groupsae.training.batches import MixedBatches
 from groupsae.training.learner import Learner
 from groupsae.training.memory import (
@@ -91,7 +91,8 @@ def train(host: HostModel, config: Config, directory: Path) -> None:
     )
 
 
-def test_the_parts_are_what_the_tensors_take(host, corpus):
+@pytest.mark.parametrize(("sampling", "rows"), [("uniform", 2), ("balanced", 2), ("all", 3)])
+def test_the_parts_are_what_the_tensors_take(host, corpus, sampling, rows):
     config = make_config("torch", d_sae=48, batch=128, buffer=256, steps=4)
     groups = [(0, 1), (2,)]
     saes = {str(g): SAE(SAEConfig(d_model=32, d_sae=48, k=16, layers=g)) for g in groups}
@@ -103,11 +104,13 @@ def test_the_parts_are_what_the_tensors_take(host, corpus):
         batch_tokens=128,
         buffer_tokens=256,
         contexts=8,
+        layer_sampling=sampling,
     )
     learners = [Learner(sae, config.training) for sae in saes.values()]
     batch = batches.next()
     gradients = [
-        learner.step(x).gradients for learner, x in zip(learners, batch.values(), strict=True)
+        learner.step(*mixed).gradients
+        for learner, mixed in zip(learners, batch.values(), strict=True)
     ]
     states = [learner.state() for learner in learners]
     found = MemoryAccount(
@@ -116,13 +119,13 @@ def test_the_parts_are_what_the_tensors_take(host, corpus):
         saes=sum(p.nbytes for sae in saes.values() for p in sae.parameters()),
         moments=sum(t.nbytes for state in states for key, t in state.items() if ".exp_avg" in key),
         gradients=sum(gradient.nbytes for gradient in gradients[0].values()),
-        buffer=batches.buffer.nbytes,
-        batch=sum(x.nbytes for x in batch.values()),
-        chunk=128 * 48 * 4,
+        buffer=batches.buffer.nbytes + batches.members.nbytes,
+        batch=sum(x.nbytes + members.nbytes for x, members in batch.values()),
+        chunk=(rows - 1) * 128 * 48 * 4,
         counters=sum(state["silent_tokens"].nbytes for state in states),
     )
     assert found == MemoryAccount.of(
-        config, n_saes=2, d_model=32, context_length=16, host=host_bytes(host)
+        config, n_saes=2, d_model=32, context_length=16, host=host_bytes(host), rows_per_token=rows
     )
 
 
@@ -138,8 +141,8 @@ def test_no_sae_keeps_its_gradients_until_its_next_step():
     ("kernel", "most"),
     [
         ("reference", None),  # [batch, d_sae] as a whole
-        ("auto", sparse._CHUNK_BYTES),
-        ("torch", sparse._CHUNK_BYTES),
+        ("auto", selection._CHUNK_BYTES),
+        ("torch", selection._CHUNK_BYTES),
         ("cpu", cpu._CHUNK_BYTES),
         ("triton", triton._CHUNK_BYTES),
     ],

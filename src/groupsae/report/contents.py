@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from groupsae.grouping.matrix import QUANTITIES, threshold_note
 from groupsae.report.artefacts import Artefacts
 from groupsae.report.metrics import METRICS, MISSING, LayerComparison, compare, means, number
 from groupsae.report.wording import choice, chosen_groups, duration, layer_range, si
@@ -80,6 +81,7 @@ def _summary(run: Artefacts, comparisons: Sequence[LayerComparison]) -> str:
             + (f"; AMAD {amad:.3f}" if math.isfinite(amad) else "")
             + ")."
         )
+        sentences += _threshold_note(run, run.partition)
     tokens = _tokens_per_sae(run)
     if tokens:
         sentences.append(f"Each SAE was trained on {tokens} tokens.")
@@ -88,6 +90,15 @@ def _summary(run: Artefacts, comparisons: Sequence[LayerComparison]) -> str:
     if saved is not None:
         sentences.append(f"The cost model predicts {saved:.0%} fewer FLOPs than one SAE per layer.")
     return " ".join(sentences) or "No stage of this run has finished yet."
+
+
+def _threshold_note(run: Artefacts, partition: Mapping[str, Any]) -> list[str]:
+    """What to know of the threshold, where one chose among distances that are no angles."""
+    similarity = (run.distances or {}).get("similarity", "angular")
+    if similarity not in QUANTITIES or not math.isfinite(number(partition.get("threshold"))):
+        return []
+    note = threshold_note(similarity)
+    return [] if note is None else [note]
 
 
 def _reconstruction_sentence(comparisons: Sequence[LayerComparison]) -> list[str]:
@@ -116,6 +127,7 @@ def _tiles(run: Artefacts, comparisons: Sequence[LayerComparison]) -> list[Cell]
         amad = number(_chosen_entry(run).get("amad"))
         if math.isfinite(amad):
             tiles.append(_tile("AMAD", f"{amad:.3f}", choice(run.partition)))
+            tiles += _predicted_losses(run)
     for key in ("ce_loss_score", "r2"):
         metric, (ours, theirs, difference) = METRICS[key], means(comparisons, key)
         if math.isfinite(ours):
@@ -131,6 +143,20 @@ def _tiles(run: Artefacts, comparisons: Sequence[LayerComparison]) -> list[Cell]
         tiles.append(_tile("Predicted saving", f"{saved:.0%}", "of FLOPs per token"))
     if tokens := _tokens_per_sae(run):
         tiles.append(_tile("Tokens per SAE", tokens, f"{_n_saes(run)} trained"))
+    return tiles
+
+
+def _predicted_losses(run: Artefacts) -> list[Cell]:
+    """What the chosen partition was predicted to lose, where its distances allow to say so."""
+    tiles = []
+    basis = (run.partition or {}).get("prediction")
+    for key in ("ce_loss_score", "explained_variance"):
+        loss = _chosen_entry(run).get(f"predicted_{key}_loss")
+        values = loss if isinstance(loss, Mapping) else {}
+        mean, low, high = (number(values.get(name)) for name in ("mean", "low", "high"))
+        if math.isfinite(mean + low + high) and isinstance(basis, str):
+            note = f"mean over layers, {low:.4f} to {high:.4f}; {basis}"
+            tiles.append(_tile(f"Predicted loss, {METRICS[key].label}", f"{mean:.4f}", note))
     return tiles
 
 

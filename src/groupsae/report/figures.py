@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from scipy.cluster import hierarchy
 
 from groupsae.errors import InputError
-from groupsae.grouping.matrix import Distances
+from groupsae.grouping.matrix import QUANTITIES, Distances
 from groupsae.grouping.methods import linkage_matrix
 from groupsae.report.metrics import METRICS, LayerComparison, compare, number
 from groupsae.report.wording import chosen_groups, sae_label, si_scale
@@ -127,7 +127,7 @@ def _styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
 def distance_heatmap(
     distances: Mapping[str, Any], partition: Mapping[str, Any] | None = None
 ) -> Figure:
-    """Angular distances of all pairs of layers, the chosen groups outlined on the diagonal.
+    """Distances of all pairs of layers, the chosen groups outlined on the diagonal.
 
     Takes `distances.json` and, for the outlines, `partition.json`. The values are printed where
     there are at most `MOST_PRINTED` layers.
@@ -171,7 +171,8 @@ def distance_heatmap(
                 )
             )
     bar = figure.colorbar(mesh, ax=axes, shrink=0.75, aspect=24, pad=0.03)
-    bar.set_label("Angular distance")
+    name = quantity(distances)
+    bar.set_label(name[0].upper() + name[1:])
     bar.outline.set_visible(False)
     return figure
 
@@ -236,7 +237,7 @@ def dendrogram(distances: Mapping[str, Any], partition: Mapping[str, Any] | None
             fontsize=7,
             color=THRESHOLD,
         )
-    axes.set(xlim=(0, n_layers), xlabel="Layer", ylabel="Largest angular distance")
+    axes.set(xlim=(0, n_layers), xlabel="Layer", ylabel=f"Largest {quantity(distances)}")
     axes.set_ylim(0, 1.08 * max(float(links[:, 2].max()), 1e-9))
     _layer_ticks(axes, layers, offset=0.5, most=32)
     axes.tick_params(axis="x", length=0, pad=7)
@@ -525,6 +526,11 @@ def _per_layer_panel(axes: Axes, comparisons: Sequence[LayerComparison], key: st
         middle = float(finite.mean())
         axes.set_ylim(middle - 0.1 * abs(middle) - 1e-9, middle + 0.1 * abs(middle) + 1e-9)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
+
+
+def quantity(distances: Mapping[str, Any]) -> str:
+    """What the distances are: "angular distance"."""
+    return QUANTITIES.get(str(distances.get("similarity", "angular")), "distance")
 
 
 def _matrix(distances: Mapping[str, Any]) -> Floats:

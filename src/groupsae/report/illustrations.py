@@ -47,6 +47,16 @@ def illustrations(run: Artefacts) -> list[Illustration]:
     return found
 
 
+_DEFINITIONS = {
+    "angular": "Mean over tokens of arccos(cosine of the two residual streams) / π: 0 for the same "
+    "direction, 0.5 for orthogonal, 1 for opposite",
+    "cka": "CKA is the average of unbiased HSIC between the two residual streams over minibatches "
+    "of tokens, over the geometric mean of each with itself, negative ones taken as 0. The "
+    "distance is 0 for streams that are the same but for a rotation and one scale",
+    "svcca": "SVCCA is the mean canonical correlation between the principal directions that hold "
+    "99% of each residual stream's variance. The distance is 0 where an invertible linear map "
+    "takes the directions of the one to those of the other",
+}
 _METHODS = {
     "linkage": "agglomerative clustering with complete linkage, joining neighbours only",
     "optimal": "dynamic programming over contiguous cuts (smallest largest diameter first)",
@@ -57,6 +67,9 @@ _METHODS = {
 
 def _of_distances(run: Artefacts, distances: Mapping[str, Any]) -> list[Illustration]:
     layers, partition = distances["layers"], run.partition
+    similarity = distances.get("similarity", "angular")
+    quantity = figures.quantity(distances)
+    name = quantity[0].upper() + quantity[1:]
     groups = [layer_range(group) for group in chosen_groups(partition)]
     errors = [number(entry) for row in distances.get("standard_error") or [] for entry in row]
     largest_error = max((error for error in errors if math.isfinite(error)), default=math.nan)
@@ -71,17 +84,16 @@ def _of_distances(run: Artefacts, distances: Mapping[str, Any]) -> list[Illustra
         )
     heatmap = Illustration(
         name="distance_heatmap",
-        title="Angular distance between layers",
+        title=f"{name} between layers",
         draw=lambda: figures.distance_heatmap(distances, partition),
-        alt=f"Heat map of the angular distances between the {len(layers)} layers "
+        alt=f"Heat map of the {quantity} between the {len(layers)} layers "
         f"{layer_range(layers)}." + (f" Outlined groups: {'; '.join(groups)}." if groups else ""),
         caption="Each cell compares the residual streams of two layers; pale is similar."
         + (" Blue squares are the chosen groups." if groups else ""),
         definitions=(
             (
-                "Angular distance",
-                "Mean over tokens of arccos(cosine of the two residual streams) / π: 0 for the "
-                f"same direction, 0.5 for orthogonal, 1 for opposite; {centred}"
+                name,
+                f"{_DEFINITIONS.get(similarity, 'Not known to this version')}; {centred}"
                 + (f"; {tokens:,.0f} tokens" if math.isfinite(tokens) else "")
                 + (
                     f"; the largest standard error of an entry is {largest_error:.1g}"
@@ -111,7 +123,7 @@ def _of_distances(run: Artefacts, distances: Mapping[str, Any]) -> list[Illustra
         definitions=(
             (
                 "Height of a join",
-                "The largest angular distance between two layers inside the group that the join "
+                f"The largest {quantity} between two layers inside the group that the join "
                 "makes. Only neighbouring groups join, the pair with the lowest join first.",
             ),
         ),
@@ -132,7 +144,7 @@ def _of_partition(partition: Mapping[str, Any]) -> Illustration:
         definitions=(
             (
                 "AMAD(G)",
-                "Average maximum angular distance: the mean over the G groups of the largest "
+                "Average maximum (angular) distance: the mean over the G groups of the largest "
                 "distance between two layers of the group. A group of one layer counts 0.",
             ),
             (

@@ -3,58 +3,115 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from groupsae.architectures import ARCHITECTURES, BY_BATCH, BY_COUNT, check_option
 from groupsae.errors import InputError
 from groupsae.files import replacing, write_text
-from groupsae.sae.sparsity import Latents, topk
+from groupsae.sae.sparsity import Latents, positive, topk
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae.safetensors"
 
+Members: TypeAlias = int | Int[Tensor, "*token"] | None
+
 
 @dataclass(frozen=True)
 class SAEConfig:
-    """What an SAE is, as written in `cfg.json` beside its weights."""
+    """What an SAE is, as written in `cfg.json` beside its weights.
+
+    Attributes:
+        architecture: The sparsity rule: see :mod:`groupsae.sae.sparsity`.
+        k: Active latents per token: exactly (topk) or on average over a batch.
+        prefixes: matryoshka: how many latents each nested dictionary has; the last has all.
+        target_l0: jumprelu: the L0 that training aims at; None: the L0 itself is the penalty.
+        bandwidth: jumprelu: width of the straight-through estimators' rectangle.
+        initial_threshold: jumprelu: every latent's threshold at the start.
+        per_layer_threshold: Each member layer has thresholds, k or target_l0 for itself.
+        learned_affine: What else each member layer learns of its own: "none", a "bias" on the
+            latents, or a "gain" on every dimension of input and output.
+    """
 
     d_model: int
     d_sae: int
-    k: int
     layers: tuple[int, ...]
     architecture: str = "topk"
+    k: int | None = None
+    prefixes: tuple[int, ...] | None = None
+    target_l0: float | None = None
+    bandwidth: float | None = None
+    initial_threshold: float | None = None
+    per_layer_threshold: bool = False
+    learned_affine: str = "none"
 
     def __post_init__(self) -> None:
-        """Refuse sizes that cannot work."""
-        if self.architecture != "topk":
+        """Refuse what cannot work, or does not go together."""
+        if self.architecture not in ARCHITECTURES:
             raise InputError(
-                f"sae.architecture: {self.architecture!r} is not known here; known is 'topk'"
+                f"sae.architecture: {self.architecture!r} is not known here; known are "
+                f"{', '.join(ARCHITECTURES)}"
             )
-        if not 1 <= self.k <= self.d_sae:
-            raise InputError(f"sae.k: {self.k} must lie between 1 and d_sae = {self.d_sae}")
         if not self.layers:
             raise InputError("sae.layers: an SAE needs at least one member layer")
+        for name in ("k", "prefixes", "target_l0", "bandwidth", "initial_threshold"):
+            check_option(f"sae.{name}", getattr(self, name), self.architecture)
+        check_option("sae.per_layer_threshold", self.per_layer_threshold, self.architecture)
+        self._check_there("k", BY_COUNT)
+        self._check_there("prefixes", ("matryoshka",))
+        self._check_there("bandwidth", ("jumprelu",))
+        self._check_there("initial_threshold", ("jumprelu",))
+        if self.k is not None and not 1 <= self.k <= self.d_sae:
+            raise InputError(f"sae.k: {self.k} must lie between 1 and d_sae = {self.d_sae}")
+        if self.target_l0 is not None and not 0 < self.target_l0 <= self.d_sae:
+            raise InputError(
+                f"sae.target_l0: {self.target_l0} must lie between 0 and d_sae = {self.d_sae}"
+            )
+        ends = self.prefixes
+        if ends is not None and (ends[-1:] != (self.d_sae,) or sorted({*ends, 0}) != [0, *ends]):
+            raise InputError(
+                f"sae.prefixes: {ends} must rise from at least 1 to d_sae = {self.d_sae}"
+            )
+        for name in ("bandwidth", "initial_threshold"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"sae.{name}: {value} must be a positive number")
+        if self.learned_affine not in ("none", "bias", "gain"):
+            raise InputError(
+                f"sae.learned_affine: {self.learned_affine!r} must be none, bias or gain"
+            )
+
+    def _check_there(self, name: str, architectures: tuple[str, ...]) -> None:
+        if self.architecture in architectures and getattr(self, name) is None:
+            raise InputError(f"sae.{name}: an SAE of architecture {self.architecture} needs one")
 
 
 class SAE(nn.Module):
-    """A TopK sparse autoencoder with one pair of weight matrices for all its member layers.
+    """A sparse autoencoder with one pair of weight matrices for all its member layers.
 
     Each member layer l brings its own mean m_l and scale s_l; the weights see s_l (x - m_l):
 
-        z     = TopK(relu(W_enc (s_l (x - m_l) - b_dec) + b_enc))
+        z     = activation(W_enc (s_l (x - m_l) - b_dec) + b_enc)
         x_hat = (W_dec^T z + b_dec) / s_l + m_l
+
+    The activation is the sparsity rule's: TopK(relu(.)), a threshold, a gate. With a learned bias
+    c_l, W_enc (.) + c_l takes the place of W_enc (.); with learned gains g_l and h_l,
+    g_l s_l (x - m_l) that of s_l (x - m_l), and h_l (W_dec^T z + b_dec) that of the decoder's
+    output. They are vectors of each member layer; c_l starts at 0, the gains at 1.
 
     Rows of `W_enc` and `W_dec` belong to latents. Rows of `W_dec` have unit norm at the start and
     after every training step; `W_enc` starts equal to `W_dec` (the decoder's transpose, in the
-    papers' orientation) and both biases start at 0. TopK and this start: Group-SAE
+    papers' orientation) and the biases start at 0. This start: Group-SAE
     (arXiv 2410.21508 v2, section 3) after Gao et al. 2024 (arXiv 2406.04093).
 
     Args:
@@ -81,6 +138,21 @@ class SAE(nn.Module):
         self.W_dec = nn.Parameter(directions)
         self.b_dec = nn.Parameter(torch.zeros(config.d_model))
         members = len(config.layers)
+        if config.architecture == "gated":  # its b_enc belongs to the magnitudes
+            self.r_mag = nn.Parameter(torch.zeros(config.d_sae))
+            self.b_gate = nn.Parameter(torch.zeros(config.d_sae))
+        if config.initial_threshold is not None:
+            rows = members if config.per_layer_threshold else 1
+            start = math.log(config.initial_threshold)
+            self.log_threshold = nn.Parameter(torch.full((rows, config.d_sae), start))
+        if config.architecture in BY_BATCH:
+            self.threshold: Tensor
+            self.register_buffer("threshold", torch.zeros(members))
+        if config.learned_affine == "bias":
+            self.latent_bias = nn.Parameter(torch.zeros(members, config.d_sae))
+        if config.learned_affine == "gain":
+            self.gain_in = nn.Parameter(torch.ones(members, config.d_model))
+            self.gain_out = nn.Parameter(torch.ones(members, config.d_model))
         self.mean: Tensor
         self.scale: Tensor
         self.register_buffer(
@@ -104,11 +176,11 @@ class SAE(nn.Module):
 
     def encode(self, x: Float[Tensor, "*token d_model"], layer: int) -> Latents:
         """The active latents of residual streams x of `layer`."""
-        return self.encode_normalized(self.normalize(x, layer))
+        return self.encode_normalized(self.normalize(x, layer), self._member(layer))
 
     def decode(self, latents: Latents, layer: int) -> Float[Tensor, "*token d_model"]:
         """Reconstruct residual streams of `layer` from latents."""
-        return self.denormalize(self.decode_normalized(latents), layer)
+        return self.denormalize(self.decode_normalized(latents, self._member(layer)), layer)
 
     def forward(self, x: Float[Tensor, "*token d_model"], layer: int) -> Tensor:
         """Reconstruct x, residual streams of `layer`: decode(encode(x)), in x's dtype."""
@@ -128,12 +200,35 @@ class SAE(nn.Module):
         member = self._member(layer)
         return x / self.scale[member] + self.mean[member]
 
-    def encode_normalized(self, x: Float[Tensor, "*token d_model"]) -> Latents:
-        """The active latents of normalised residual streams (of any member layer)."""
-        return topk(F.linear(x - self.b_dec, self.W_enc, self.b_enc), self.config.k)
+    def encode_normalized(
+        self, x: Float[Tensor, "*token d_model"], members: Members = None
+    ) -> Latents:
+        """The active latents of normalised residual streams.
 
-    def decode_normalized(self, latents: Latents) -> Float[Tensor, "*token d_model"]:
-        """Reconstruct normalised residual streams: the sum of the active decoder rows."""
+        Args:
+            members: Position among the member layers, of all tokens or of each. It may be left out
+                where nothing depends on it.
+        """
+        products = F.linear(self.inputs(x, members), self.W_enc)
+        if self.config.learned_affine == "bias":
+            products = products + self.of_member(self.latent_bias, members)
+        pre_activations = products + self.b_enc
+        if self.config.architecture == "gated":
+            magnitudes = torch.relu(self.r_mag.exp() * products + self.b_enc)
+            return positive(magnitudes * (products + self.b_gate > 0))
+        if self.config.k is not None and self.config.architecture == "topk":
+            return topk(pre_activations, self.config.k)
+        threshold = self.thresholds(members)
+        return positive(torch.relu(pre_activations) * (pre_activations > threshold))
+
+    def decode_normalized(
+        self, latents: Latents, members: Members = None
+    ) -> Float[Tensor, "*token d_model"]:
+        """Reconstruct normalised residual streams: the sum of the active decoder rows.
+
+        Args:
+            members: As in :meth:`encode_normalized`.
+        """
         shape = latents.indices.shape
         rows = F.embedding_bag(
             latents.indices.reshape(-1, shape[-1]),
@@ -141,7 +236,42 @@ class SAE(nn.Module):
             per_sample_weights=latents.values.reshape(-1, shape[-1]),
             mode="sum",
         )
-        return rows.reshape(*shape[:-1], self.config.d_model) + self.b_dec
+        return self.outputs(rows.reshape(*shape[:-1], self.config.d_model), members)
+
+    def inputs(
+        self, x: Float[Tensor, "*token d_model"], members: Members = None
+    ) -> Float[Tensor, "*token d_model"]:
+        """What the encoder's product is taken of, for normalised residual streams."""
+        if self.config.learned_affine == "gain":
+            x = x * self.of_member(self.gain_in, members)
+        return x - self.b_dec
+
+    def outputs(
+        self, rows: Float[Tensor, "*token d_model"], members: Members = None
+    ) -> Float[Tensor, "*token d_model"]:
+        """Normalised reconstructions, from sums of decoder rows."""
+        if self.config.learned_affine == "gain":
+            return (rows + self.b_dec) * self.of_member(self.gain_out, members)
+        return rows + self.b_dec
+
+    def thresholds(self, members: Members = None) -> Float[Tensor, "*shared d_sae_or_1"]:
+        """What a pre-activation must exceed at inference: of each latent, or one for all."""
+        if self.config.architecture == "jumprelu":
+            shared = not self.config.per_layer_threshold
+            return self.of_member(self.log_threshold, 0 if shared else members).exp()
+        if self.config.architecture in BY_BATCH:
+            return self.of_member(self.threshold.unsqueeze(1), members)
+        return self.b_enc.new_zeros(1)
+
+    def of_member(self, values: Float[Tensor, "member n"], members: Members) -> Tensor:
+        """The rows of a per-layer parameter that belong to these tokens.
+
+        Raises:
+            InputError: If the tokens' layers are not given and make a difference.
+        """
+        if members is None and len(self.layers) > 1:
+            raise InputError("this SAE treats its member layers differently: say which they are")
+        return values[0 if members is None else members]
 
     def save(self, directory: Path) -> None:
         """Write `cfg.json` and `sae.safetensors` into `directory`, made where it is missing.
@@ -165,7 +295,8 @@ class SAE(nn.Module):
         directory = Path(directory)
         try:
             stored = json.loads((directory / CONFIG_FILE).read_text())
-            config = SAEConfig(**{**stored, "layers": tuple(stored["layers"])})
+            sequences = {key: tuple(v) for key, v in stored.items() if isinstance(v, list)}
+            config = SAEConfig(**{**stored, **sequences})
             weights = load_file(directory / WEIGHTS_FILE, device=str(device))
             start = torch.Generator()  # of weights to be overwritten; the global one stays
             sae = cls(config, mean=weights["mean"], scale=weights["scale"], generator=start)

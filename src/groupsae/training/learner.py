@@ -11,12 +11,15 @@ from torch import Tensor
 from groupsae.config import TrainingConfig
 from groupsae.sae import SAE
 from groupsae.sae.kernels import StepResult, choose
+from groupsae.sae.kernels.update import normalize_decoder
+from groupsae.training.recipe import Recipe
 
 _ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
+_CUT_DECAY = 0.9  # of the running mean of the batches' cuts: one cut is of thousands of activations
 
 
 class Learner:
-    """Trains one SAE by the recipe of Group-SAE v2 (arXiv 2410.21508 v2, appendix).
+    """Trains one SAE by the recipe of its architecture: see :class:`Recipe`.
 
     A step: loss and gradients; the gradient clipped to norm `gradient_clip`; its component along
     each decoder row removed; Adam; decoder rows brought back to unit norm. Nothing is read back
@@ -25,46 +28,83 @@ class Learner:
 
     def __init__(self, sae: SAE, config: TrainingConfig) -> None:
         self.sae, self.config = sae, config
-        self.learning_rate = config.rate(sae.config.d_sae)
+        self.recipe = Recipe.of(config, sae.config)
         self._kernel = choose(config.kernel, sae.W_enc.device)
         self._parameters = dict(sae.named_parameters())
+        recipe = self.recipe
+        thresholds = [p for name, p in self._parameters.items() if name == "log_threshold"]
+        others = [p for name, p in self._parameters.items() if name != "log_threshold"]
+        groups = [{"params": others, "height": recipe.learning_rate}]
+        if thresholds:
+            groups.append({"params": thresholds, "height": recipe.threshold_learning_rate})
         self._adam = torch.optim.Adam(
-            self._parameters.values(),
-            lr=self.learning_rate,
-            betas=config.adam_betas,
-            eps=config.adam_epsilon,
+            groups,
+            lr=recipe.learning_rate,
+            betas=recipe.adam_betas,
+            eps=recipe.adam_epsilon,
             fused=True,
         )
+        device = sae.W_enc.device
         self.silent_tokens: Int[Tensor, " d_sae"] = torch.zeros(
-            sae.config.d_sae, dtype=torch.long, device=sae.W_enc.device
+            sae.config.d_sae, dtype=torch.long, device=device
         )
-        self.tokens = 0
+        self.tokens = self.steps = 0
+        self._average = {}
+        if config.weight_average is not None:
+            self._average = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._cuts_seen: Int[Tensor, " member"] = torch.zeros(
+            len(sae.layers), dtype=torch.long, device=device
+        )
         self._sums: dict[str, Float[Tensor, ""]] = {}
         self._steps_summed = 0
 
-    def step(self, x: Float[Tensor, "token d_model"]) -> StepResult:
-        """Move the weights by one mixed batch of normalised activations."""
-        can_be_dead = self.tokens >= self.config.dead_after_tokens and self.config.auxk_weight
+    def step(
+        self, x: Float[Tensor, "token d_model"], members: Int[Tensor, " token"] | None = None
+    ) -> StepResult:
+        """Move the weights by one mixed batch of normalised activations.
+
+        Args:
+            members: Each token's position among the SAE's member layers.
+        """
+        recipe = self.recipe
+        self.steps += 1
+        for group in self._adam.param_groups:
+            group["lr"] = group["height"] * recipe.rate_factor(self.steps)
+        can_be_dead = self.tokens >= self.config.dead_after_tokens and recipe.auxk_weight
         result = self._kernel.step(
             self.sae,
             x,
+            members=members,
             dead=self._dead() if can_be_dead else None,
-            auxk_weight=self.config.auxk_weight,
+            auxk_weight=recipe.auxk_weight,
+            sparsity_weight=recipe.sparsity_weight_at(self.steps),
         )
         gradient_norm = self._kernel.update(
-            self.sae, result.gradients, self._adam, gradient_clip=self.config.gradient_clip
+            self.sae, result.gradients, self._adam, gradient_clip=recipe.gradient_clip
         )
+        if result.cuts is not None:
+            self._move_threshold(result.cuts)
+        self._move_average()
         self.tokens += len(x)
         self.silent_tokens += len(x)
         self.silent_tokens.masked_fill_(result.fired, 0)
         self._sum(result, gradient_norm)
         return result
 
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Put the averaged weights, where they are asked for, in the last ones' place."""
+        if self.config.weight_average is not None:
+            for name, average in self._average.items():
+                self._parameters[name].copy_(average)
+            normalize_decoder(self.sae)
+
     def metrics(self) -> dict[str, float]:
         """Means over the steps since the last call, and the share of dead latents now."""
         means = {name: float(total) / self._steps_summed for name, total in self._sums.items()}
         self._sums, self._steps_summed = {}, 0
-        return {**means, "dead": float(self._dead().float().mean()), "lr": self.learning_rate}
+        rate = self._adam.param_groups[0]["lr"]
+        return {**means, "dead": float(self._dead().float().mean()), "lr": rate}
 
     def state(self) -> dict[str, Tensor]:
         """Everything that determines the steps to come."""
@@ -72,13 +112,17 @@ class Learner:
         for name, parameter in self._parameters.items():
             for key, tensor in self._adam.state[parameter].items():
                 state[f"adam.{name}.{key}"] = tensor
+        for name, average in self._average.items():
+            state[f"average.{name}"] = average
         for name, total in self._sums.items():
             state[f"sums.{name}"] = total
         return {
             **state,
             "silent_tokens": self.silent_tokens,
+            "cuts_seen": self._cuts_seen,
             "steps_summed": torch.tensor(self._steps_summed),
             "tokens": torch.tensor(self.tokens),
+            "steps": torch.tensor(self.steps),
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -90,8 +134,11 @@ class Learner:
                 for key in _ADAM_STATE
                 if f"adam.{name}.{key}" in state
             }
+        for name, average in self._average.items():
+            average.copy_(state[f"average.{name}"])
         self.silent_tokens.copy_(state["silent_tokens"])
-        self.tokens = int(state["tokens"])
+        self._cuts_seen.copy_(state["cuts_seen"])
+        self.tokens, self.steps = int(state["tokens"]), int(state["steps"])
         self._steps_summed = int(state["steps_summed"])
         self._sums = {
             key.removeprefix("sums."): total.to(self.silent_tokens.device)
@@ -102,11 +149,32 @@ class Learner:
     def _dead(self) -> Bool[Tensor, " d_sae"]:
         return self.silent_tokens >= self.config.dead_after_tokens
 
+    @torch.no_grad()
+    def _move_threshold(self, cuts: Float[Tensor, " member"]) -> None:
+        """Bring the inference threshold towards a batch's cuts (Bussmann et al. 2024, section 3).
+
+        A running mean that is a plain one at first: the cuts move quickly then.
+        """
+        seen = cuts.isfinite()
+        self._cuts_seen += seen
+        weight = (1 / self._cuts_seen.clamp_min(1)).clamp_min(1 - _CUT_DECAY)
+        distance = torch.where(seen, cuts - self.sae.threshold, 0.0)
+        self.sae.threshold += weight * distance
+
+    @torch.no_grad()
+    def _move_average(self) -> None:
+        """A running mean that is a plain one at first, and so forgets the start."""
+        decay = self.config.weight_average
+        if decay is not None:
+            for name, average in self._average.items():
+                average.lerp_(self._parameters[name], max(1 - decay, 1 / self.steps))
+
     def _sum(self, result: StepResult, gradient_norm: Tensor) -> None:
         values = {
             "loss": result.loss,
             "fvu": result.fvu,
             "auxk": result.auxk,
+            "penalty": result.penalty,
             "l0": result.l0,
             "gradient_norm": gradient_norm,
         }

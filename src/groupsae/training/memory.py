@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _FLOAT32 = 4
 _COUNTER = 8  # int64
+_MEMBER, _MEMBER_IN_BUFFER = 8, 2  # int64 in a batch, int16 in the buffer
 _CHUNK_BYTES = {"torch": 16 * 2**20, "cpu": 16 * 2**20, "triton": 32 * 2**20}  # as the kernels'
 _HALF = ("bfloat16", "float16")
 
@@ -30,7 +31,7 @@ class MemoryAccount:
         moments: Adam's two, of all SAEs.
         gradients: Of one SAE: they step one after another.
         buffer: The shuffle buffer, with room for the rows of one forward.
-        batch: One mixed batch for every SAE.
+        batch: One mixed batch for every SAE, with the numbers of its rows' member layers.
         chunk: Pre-activations that a kernel holds at a time.
         counters: How long each latent has been silent.
     """
@@ -47,19 +48,30 @@ class MemoryAccount:
 
     @classmethod
     def of(
-        cls, config: Config, *, n_saes: int, d_model: int, context_length: int, host: int
+        cls,
+        config: Config,
+        *,
+        n_saes: int,
+        d_model: int,
+        context_length: int,
+        host: int,
+        rows_per_token: int | None = None,
     ) -> MemoryAccount:
         """The account of what `config.sae` and `config.training` ask for.
 
         Args:
             context_length: Tokens per context.
             host: Bytes of the host model's weights: see :func:`host_bytes`, :func:`planned_host`.
+            rows_per_token: Rows that all batches together have of a token: by default one for each
+                SAE. With `layer_sampling` "all" it is one for each member layer of each SAE.
         """
         training, d_sae = config.training, config.sae.width(d_model)
         weights = _FLOAT32 * (2 * d_model * d_sae + d_sae + d_model)
-        row = _FLOAT32 * n_saes * d_model
+        rows = n_saes if rows_per_token is None else rows_per_token
+        most = max(rows - n_saes, 0) + 1  # of one SAE, where the others have one each
+        row = _FLOAT32 * d_model
         forward = training.host_batch_contexts * context_length
-        chunk = _FLOAT32 * training.batch_tokens * d_sae
+        chunk = _FLOAT32 * most * training.batch_tokens * d_sae
         if training.kernel != "reference":
             chunk = min(chunk, _CHUNK_BYTES.get(training.kernel, _CHUNK_BYTES["torch"]))
         return cls(
@@ -68,8 +80,8 @@ class MemoryAccount:
             saes=n_saes * weights,
             moments=n_saes * 2 * weights,
             gradients=weights,
-            buffer=row * (training.buffer_tokens + forward),
-            batch=row * training.batch_tokens,
+            buffer=rows * (row + _MEMBER_IN_BUFFER) * (training.buffer_tokens + forward),
+            batch=rows * (row + _MEMBER) * training.batch_tokens,
             chunk=chunk,
             counters=_COUNTER * n_saes * d_sae,
         )

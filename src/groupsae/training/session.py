@@ -21,6 +21,7 @@ from groupsae.host.ahead import ContextsAhead
 from groupsae.host.model import HostModel
 from groupsae.host.tokens import TokenStream
 from groupsae.sae import SAE, SAEConfig, directory_name
+from groupsae.training.activation_cache import CachedActivations
 from groupsae.training.batches import MixedBatches, NormLimit
 from groupsae.training.checkpoint import Checkpoints
 from groupsae.training.learner import Learner
@@ -41,6 +42,7 @@ def train_saes(
     directory: Path,
     key: str,
     special: Iterable[int] = (),
+    cached: CachedActivations | None = None,
 ) -> dict[str, Any]:
     """Train one SAE per group and, if asked, one per layer, and save them.
 
@@ -52,6 +54,7 @@ def train_saes(
         groups: Member layers of each group.
         key: Identifies what is trained; only checkpoints with the same key are continued.
         special: Token ids to leave out.
+        cached: Read in place of `stream` and of the host model's forwards.
 
     Returns:
         A summary for `training.json`: SAEs, steps, tokens and what was left out.
@@ -64,6 +67,7 @@ def train_saes(
         d_model=host.d_model,
         context_length=stream.context_length,
         host=host_bytes(host),
+        rows_per_token=sum(map(len, names)) if training.layer_sampling == "all" else None,
     )
     _log.info("memory: %s", memory)
     if host.device.type == "cpu":
@@ -72,9 +76,9 @@ def train_saes(
         own[0]: new_sae(layers, moments, config).to(host.device) for layers, own in names.items()
     }
     aliases = {own[0]: own for own in names.values()}
-    contexts = ContextsAhead(stream, ahead=2 * training.host_batch_contexts)
+    contexts = cached or ContextsAhead(stream, ahead=2 * training.host_batch_contexts)
     batches = MixedBatches(
-        host,
+        cached or host,
         contexts,
         saes,
         total_tokens=training.steps * training.batch_tokens,
@@ -83,6 +87,8 @@ def train_saes(
         contexts=training.host_batch_contexts,
         special=special,
         norm_limit=_norm_limit(training.max_norm_multiple, moments),
+        layer_sampling=training.layer_sampling,
+        layer_weights=training.weights_of(layer for group in groups for layer in group),
         seed=training.seed,
     )
     learners = {name: Learner(sae, training) for name, sae in saes.items()}
@@ -94,6 +100,8 @@ def train_saes(
                 log(record | {"sae": name})
 
         train(learners, batches, training, checkpoints=checkpoints, log=log_by_every_name)
+    for learner in learners.values():
+        learner.finish()
     shutil.rmtree(directory / "saes", ignore_errors=True)  # of another partition, where one was
     for own, sae in saes.items():
         for name in aliases[own]:
@@ -110,16 +118,36 @@ def train_saes(
 
 def new_sae(layers: Sequence[int], moments: Moments, config: Config) -> SAE:
     """An untrained SAE for these layers. Its weights depend on them and on the seed alone."""
-    mean, scale = affine(moments, layers, config.sae.affine)
-    d_model = moments.mean.shape[1]
-    shape = SAEConfig(
-        d_model=d_model,
-        d_sae=config.sae.width(d_model),
-        k=config.sae.k,
-        layers=tuple(layers),
-    )
+    asked = config.sae
+    mean, scale = affine(moments, layers, asked.affine)
+    shape = sae_config(config, layers, moments.mean.shape[1])
     seed = zlib.crc32(f"{config.training.seed} {directory_name(layers)}".encode())
     return SAE(shape, mean=mean, scale=scale, generator=torch.Generator().manual_seed(seed))
+
+
+def sae_config(config: Config, layers: Sequence[int], d_model: int) -> SAEConfig:
+    """What `config.sae` means for these layers.
+
+    Raises:
+        InputError: If it cannot be had at this width.
+    """
+    asked, d_sae = config.sae, config.sae.width(d_model)
+    prefixes = None
+    if asked.prefix_shares is not None:
+        prefixes = tuple(sorted({max(round(share * d_sae), 1) for share in asked.prefix_shares}))
+    return SAEConfig(
+        d_model=d_model,
+        d_sae=d_sae,
+        layers=tuple(layers),
+        architecture=asked.architecture,
+        k=asked.k,
+        prefixes=prefixes,
+        target_l0=asked.target_l0,
+        bandwidth=asked.bandwidth,
+        initial_threshold=asked.initial_threshold,
+        per_layer_threshold=asked.per_layer_threshold,
+        learned_affine=asked.affine if asked.affine in ("bias", "gain") else "none",
+    )
 
 
 def affine(
@@ -128,14 +156,15 @@ def affine(
     """Mean m_l and scale s_l of each member layer of an SAE.
 
     Args:
-        kind: "scale": m_l = 0 and s_l = 1 / mean ||x|| (Group-SAE v2); "center": the layer's mean,
-            and s_l = 1 / mean ||x - m_l||; "none": m_l = 0 and s_l = 1.
+        kind: "scale": m_l = 0 and s_l = 1 / mean ||x|| (Group-SAE v2); "center", and what is
+            learned beside it ("bias", "gain"): the layer's mean, and s_l = 1 / mean ||x - m_l||;
+            "none": m_l = 0 and s_l = 1.
     """
     rows = [moments.layers.index(layer) for layer in layers]
     mean, mean_norm = moments.mean[rows], moments.mean_norm[rows]
-    if kind == "center":
+    if kind in ("center", "bias", "gain"):
         if moments.mean_centered_norm is None:
-            raise InputError("sae.affine: 'center' needs norms about the mean; measure them")
+            raise InputError(f"sae.affine: {kind!r} needs norms about the mean; measure them")
         return mean.float(), (1 / moments.mean_centered_norm[rows]).float()
     scale = 1 / mean_norm if kind == "scale" else torch.ones_like(mean_norm)
     return torch.zeros_like(mean).float(), scale.float()

@@ -43,7 +43,7 @@ def train(
                 checkpoints.save(step - 1, time.monotonic() - began, learners, batches)
                 raise
             for name in tuple(mixed):  # a batch is released as soon as it is learnt from
-                learners[name].step(mixed.pop(name))
+                learners[name].step(*mixed.pop(name))
 
             note = ""
             if step % config.log_every == 0 or step == config.steps:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from groupsae.sae import SAE
-from groupsae.sae.kernels import reference, sparse
+from groupsae.sae.kernels import reference, selection, sparse
 from tests.sae.kernels.cases import random_batch, random_sae
 
 
@@ -56,7 +56,7 @@ def test_same_as_dense_autograd_in_float64(tokens, d_model, d_sae, k, dead, seed
 @pytest.mark.parametrize("dead", [1, 40, 300])
 def test_both_ways_to_the_auxiliary_loss_are_that_of_dense_autograd(monkeypatch, few, dead):
     monkeypatch.setattr(sparse, "_FEW", few)
-    monkeypatch.setattr(sparse, "_CHUNK_BYTES", 8 * 1000)  # several chunks
+    monkeypatch.setattr(selection, "_CHUNK_BYTES", 8 * 1000)  # several chunks
     sae = random_sae(24, 400, 8).double()
     mask = torch.zeros(400, dtype=torch.bool)
     mask[torch.randperm(400, generator=torch.Generator().manual_seed(3))[:dead]] = True
@@ -75,7 +75,7 @@ def test_same_as_dense_autograd_in_float32(dead):
 def test_many_chunks_are_the_same_as_one(monkeypatch):
     sae, x = make_sae(), make_batch()
     whole = sparse.step(sae, x)
-    monkeypatch.setattr(sparse, "_CHUNK_BYTES", 24 * 8 * 5)
+    monkeypatch.setattr(selection, "_CHUNK_BYTES", 24 * 8 * 5)
     parts = sparse.step(sae, x)
     for name, gradient in whole.gradients.items():
         torch.testing.assert_close(parts.gradients[name], gradient)

@@ -6,14 +6,25 @@
 | torch | works on active latents only, in plain PyTorch, on any device (`sparse`) |
 | cpu | the same with its sparse parts and the update in C++, built at first use |
 | triton | the same for CUDA |
-"""
+
+The compiled ones take what their column in this table has; everything else is `torch`'s, and what
+is dense there is `reference`'s. "extras" are learned vectors of each member layer.
+
+| architecture | torch | cpu | triton |
+| --- | --- | --- | --- |
+| topk | sparse | compiled, without extras | compiled, without extras |
+| batchtopk | sparse | compiled, without extras | as torch |
+| matryoshka | sparse | as torch | as torch |
+| jumprelu, relu | sparse once fewer than d_sae / 8 latents are active on every token | as torch | as torch |
+| gated | dense | as torch | as torch |
+"""  # noqa: E501
 
 from __future__ import annotations
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from groupsae.errors import InputError
@@ -34,8 +45,10 @@ class Step(Protocol):
         sae: SAE,
         x: Float[Tensor, "token d_model"],
         *,
+        members: Int[Tensor, " token"] | None = None,
         dead: Bool[Tensor, " d_sae"] | None = None,
         auxk_weight: float = 1 / 32,
+        sparsity_weight: float = 0.0,
     ) -> StepResult:
         """Compute them."""
         ...
@@ -108,8 +121,10 @@ def _kernel(name: str, step: Step, update: Update) -> Kernel:
         sae: SAE,
         x: Tensor,
         *,
+        members: Int[Tensor, " token"] | None = None,
         dead: Bool[Tensor, " d_sae"] | None = None,
         auxk_weight: float = 1 / 32,
+        sparsity_weight: float = 0.0,
     ) -> StepResult:
         d_model = sae.config.d_model
         if x.dim() != 2 or x.shape[1] != d_model or not len(x) or not x.is_floating_point():
@@ -117,6 +132,13 @@ def _kernel(name: str, step: Step, update: Update) -> Kernel:
                 f"{x.dtype} {list(x.shape)} is no batch of activations: [token, {d_model}] is "
                 "wanted, floating, with at least one token"
             )
-        return step(sae, x.to(sae.W_enc.dtype), dead=dead, auxk_weight=auxk_weight)
+        return step(
+            sae,
+            x.to(sae.W_enc.dtype),
+            members=members,
+            dead=dead,
+            auxk_weight=auxk_weight,
+            sparsity_weight=sparsity_weight,
+        )
 
     return Kernel(name, checked, update)

@@ -47,7 +47,9 @@ from groupsae.cache import CacheError, cache_folder, cpu_flags
 from groupsae.products import linear
 from groupsae.sae.autoencoder import SAE
 from groupsae.sae.kernels import sparse
-from groupsae.sae.kernels.reference import StepResult
+from groupsae.sae.kernels.reference import StepResult, auxk_size
+from groupsae.sae.kernels.selection import Chosen, cut_to_batch
+from groupsae.sae.kernels.update import is_clipped
 from groupsae.sae.kernels.update import update as plain_update
 from groupsae.sae.sparsity import Latents
 
@@ -73,23 +75,36 @@ def step(
     sae: SAE,
     x: Float[Tensor, "token d_model"],
     *,
+    members: Int[Tensor, " token"] | None = None,
     dead: Bool[Tensor, " d_sae"] | None = None,
     auxk_weight: float = 1 / 32,
+    sparsity_weight: float = 0.0,
 ) -> StepResult:
-    """Loss and gradients of a TopK SAE on a mixed batch: see :func:`reference.step`.
+    """Loss and gradients of an SAE on a mixed batch: see :func:`reference.step`.
 
-    Compiled for float32 on the CPU. Other dtypes and devices, and batches whose variance is no
-    positive number, go to :func:`sparse.step`. Equal bits for equal input and number of threads.
+    Compiled for topk and batchtopk in float32 on the CPU. What else there is, and batches whose
+    variance is no positive number, go to :func:`sparse.step`. Equal bits for equal input and number
+    of threads.
     """
-    if not _fits(sae, x):
-        return sparse.step(sae, x, dead=dead, auxk_weight=auxk_weight)
     variance = (x - x.mean(0)).square_().sum()
-    if not 0 < float(variance) < float("inf"):
-        return sparse.step(sae, x, dead=dead, auxk_weight=auxk_weight)
-    x, d_sae = x.contiguous(), sae.config.d_sae
+    if not (_fits(sae, x) and 0 < float(variance) < float("inf")):
+        return sparse.step(
+            sae,
+            x,
+            members=members,
+            dead=dead,
+            auxk_weight=auxk_weight,
+            sparsity_weight=sparsity_weight,
+        )
+    x, d_sae, k = x.contiguous(), sae.config.d_sae, sae.config.k
     inputs = x - sae.b_dec
+    assert k is not None
 
-    latents = encode(inputs, sae.W_enc, sae.b_enc, sae.config.k)
+    if sae.config.architecture == "topk":
+        chosen = Chosen(encode(inputs, sae.W_enc, sae.b_enc, k))
+    else:
+        chosen = cut_to_batch(sae, members, lambda most: encode(inputs, sae.W_enc, sae.b_enc, most))
+    latents = chosen.latents
     decoded = _decode(latents, sae.W_dec, sae.b_dec, x)
     pattern = _transpose(latents, d_sae)
     scale = 2 / float(variance)
@@ -112,8 +127,10 @@ def step(
         loss=fvu + auxk_weight * auxk,
         fvu=fvu,
         auxk=auxk,
+        penalty=x.new_zeros(()),
         l0=latents.l0().mean(),
         fired=pattern.offsets.diff() > 0,
+        cuts=chosen.cuts,
     )
 
 
@@ -126,17 +143,20 @@ def update(
     The same as clipping the gradients' common norm to `gradient_clip`, removing the components
     along the decoder's rows, `adam.step()`, and bringing these rows back to unit norm. `gradients`
     stay as they are; the state in `adam` is read and moved, so that it is saved as ever. Adam must
-    be without weight decay and AMSGrad, with one group of parameters. An SAE that does not fit
-    (:func:`fits`) is moved by :func:`groupsae.sae.kernels.update.update`.
+    be without weight decay and AMSGrad. An SAE that does not fit (:func:`fits`) is moved by
+    :func:`groupsae.sae.kernels.update.update`.
 
     Returns:
         The gradients' norm before it was clipped.
     """
     if not fits(sae):
         return plain_update(sae, gradients, adam, gradient_clip=gradient_clip)
-    (group,) = adam.param_groups
-    beta1, beta2 = group["betas"]
-    norms = [torch.linalg.vector_norm(gradient) for gradient in gradients.values()]
+    settings = {weights: group for group in adam.param_groups for weights in group["params"]}
+    norms = [
+        torch.linalg.vector_norm(gradient)
+        for name, gradient in gradients.items()
+        if is_clipped(name)
+    ]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     factor = min(gradient_clip / (float(norm) + 1e-6), 1.0)  # as torch.nn.utils.clip_grad_norm_
     for name, weights in sae.named_parameters():
@@ -146,11 +166,13 @@ def update(
             state["exp_avg"] = torch.zeros_like(weights)
             state["exp_avg_sq"] = torch.zeros_like(weights)
         state["step"] += 1
-        step = float(state["step"])
+        step, group = float(state["step"]), settings[weights]
+        beta1, beta2 = group["betas"]
         # fmt: off
         _call(
             "adam", gradients[name], weights.numel() // weights.shape[-1], weights.shape[-1],
-            factor, beta1, 1 - beta1, beta2, 1 - beta2,  # the rest in double: 0.999f is not 0.999
+            factor if is_clipped(name) else 1.0,
+            beta1, 1 - beta1, beta2, 1 - beta2,  # the rest in double: 0.999f is not 0.999
             group["lr"] / (1 - beta1**step), (1 - beta2**step) ** -0.5, group["eps"],
             int(name == "W_dec"), weights, state["exp_avg"], state["exp_avg_sq"],
         )
@@ -389,9 +411,8 @@ def _add_auxk(
     Touches dead latents only.
     """
     which = dead.nonzero().squeeze(1)
-    wanted = max(sae.config.d_model // 2, 1)
-    share = min(len(which) / wanted, 1.0)
-    latents = encode(inputs, sae.W_enc[which], sae.b_enc[which], min(wanted, len(which)))
+    k, share = auxk_size(sae.config.d_model, len(which))
+    latents = encode(inputs, sae.W_enc[which], sae.b_enc[which], k)
     decoded = _decode(latents, sae.W_dec[which], None, residual)
     pattern = _transpose(latents, len(which))
     _weight_gradients(latents, pattern, decoded, inputs, share * scale, gradients, which)
@@ -399,7 +420,11 @@ def _add_auxk(
 
 
 def _fits(sae: SAE, x: Tensor) -> bool:
-    entries = len(x) * max(sae.config.k, sae.config.d_model)
+    config = sae.config
+    if config.architecture not in ("topk", "batchtopk") or config.learned_affine != "none":
+        return False
+    most = config.k if config.architecture == "topk" else config.d_sae
+    entries = len(x) * max(most or 0, config.d_model)
     return _is_plain(x) and 0 < entries <= _MOST_ENTRIES and fits(sae)
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from groupsae.errors import InputError
 from groupsae.sae.autoencoder import SAE
+from groupsae.sae.kernels import sparse
 from groupsae.sae.kernels.reference import StepResult
 
 try:
@@ -55,13 +56,16 @@ def step(
     sae: SAE,
     x: Float[Tensor, "token d_model"],
     *,
+    members: Int[Tensor, " token"] | None = None,
     dead: Bool[Tensor, " d_sae"] | None = None,
     auxk_weight: float = 1 / 32,
+    sparsity_weight: float = 0.0,
     product_dtype: torch.dtype = torch.float32,
 ) -> StepResult:
-    """Loss and gradients of a TopK SAE on a mixed batch: see :func:`reference.step`.
+    """Loss and gradients of an SAE on a mixed batch: see :func:`reference.step`.
 
-    A batch of half precision is read as float32.
+    Compiled for topk; other SAEs go to :func:`sparse.step`. A batch of half precision is read as
+    float32.
 
     Args:
         dead: Costs a second choice and a second sort even where no latent is dead, since the host
@@ -76,6 +80,15 @@ def step(
             is empty or lies elsewhere, or `product_dtype` is none of the two.
     """
     x = _checked(sae, x, product_dtype)
+    if sae.config.architecture != "topk" or sae.config.learned_affine != "none":
+        return sparse.step(
+            sae,
+            x,
+            members=members,
+            dead=dead,
+            auxk_weight=auxk_weight,
+            sparsity_weight=sparsity_weight,
+        )
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         return _step(sae, x, dead, auxk_weight, product_dtype)
 
@@ -114,6 +127,7 @@ def _step(
         loss=fvu + auxk_weight * auxk,
         fvu=fvu,
         auxk=auxk,
+        penalty=x.new_zeros(()),
         l0=active.counts.sum() / len(x),
         fired=by_latent.offsets.diff() > 0,
     )
@@ -187,6 +201,7 @@ def _encode(
     rows = min(max(_CHUNK_BYTES // (4 * d_sae), 1), tokens)
     rows -= rows % 128 if rows > 128 else 0  # whole tiles of the product
     buffer = inputs.new_empty(rows, d_sae)
+    assert sae.config.k is not None
     active = _empty_slots(inputs, d_sae, sae.config.k)
     active_dead = None if dead is None else _empty_slots(inputs, d_sae, min(wanted, d_sae))
     for start in range(0, tokens, rows):

@@ -15,7 +15,9 @@ def update(
 ) -> Float[Tensor, ""]:
     """Clip the gradients, remove what lies along decoder rows, step Adam, renormalise the rows.
 
-    The order is that of the published code of Group-SAE.
+    The order is that of the published code of Group-SAE. Thresholds are not clipped, nor counted in
+    the norm: their straight-through estimates are of another size than gradients, and would hide
+    them.
 
     Args:
         gradients: By parameter name.
@@ -27,12 +29,18 @@ def update(
     """
     for name, parameter in sae.named_parameters():
         parameter.grad = gradients[name]
-    norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), gradient_clip)
+    clipped = [parameter for name, parameter in sae.named_parameters() if is_clipped(name)]
+    norm = torch.nn.utils.clip_grad_norm_(clipped, gradient_clip)
     remove_parallel_component(sae)
     adam.step()
     adam.zero_grad(set_to_none=True)  # of many SAEs one steps at a time: no other's are kept
     normalize_decoder(sae)
     return norm
+
+
+def is_clipped(name: str) -> bool:
+    """Whether the gradient of the parameter of that name counts in the norm that is clipped."""
+    return name != "log_threshold"
 
 
 @torch.no_grad()

@@ -1,0 +1,166 @@
+"""Which latents are active on each token of a batch, without ever holding [token, d_sae]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from groupsae.architectures import BY_BATCH
+from groupsae.products import linear
+from groupsae.sae.autoencoder import SAE
+from groupsae.sae.sparsity import Latents, batch_cut, kernel
+
+_CHUNK_BYTES = 16 * 2**20  # of pre-activations
+_DENSE_BELOW = 8  # d_sae / active latents: a sparse step needs fewer than one in so many
+
+# Each token's position among the member layers, and a bias on the latents for each of these.
+_MemberBias: TypeAlias = tuple[Int[Tensor, " token"], Float[Tensor, "member latent"]]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The active latents of a batch.
+
+    Attributes:
+        cuts: As in :class:`StepResult`.
+        near: jumprelu: entries whose pre-activation is in the estimators' rectangle about the
+            threshold, and these thresholds. They have a place in `latents` whether active or not.
+    """
+
+    latents: Latents
+    cuts: Float[Tensor, " member"] | None = None
+    near: tuple[Bool[Tensor, "token k"], Float[Tensor, "token k"]] | None = None
+
+
+def choose_latents(
+    sae: SAE, inputs: Float[Tensor, "token d_model"], members: Int[Tensor, " token"] | None
+) -> Chosen | None:
+    """The active latents in training; None where a sparse step is not to be had."""
+    config = sae.config
+    bias = None
+    if config.learned_affine == "bias":
+        bias = members_of(sae, members, len(inputs)), sae.latent_bias
+
+    def largest(k: int) -> Latents:
+        return encode(inputs, sae.W_enc, sae.b_enc, k, bias)
+
+    if config.architecture == "topk":
+        assert config.k is not None
+        return Chosen(largest(config.k))
+    if config.architecture in BY_BATCH:
+        return cut_to_batch(sae, members, largest)
+    if config.architecture == "gated":
+        return None
+    return _above_thresholds(sae, inputs, members, bias)
+
+
+def cut_to_batch(
+    sae: SAE, members: Int[Tensor, " token"] | None, largest: Callable[[int], Latents]
+) -> Chosen:
+    """The latents at or above a batch's cut, from the largest few of each token.
+
+    Twice as many are asked for as long as a token's last candidate is at the cut: what it left out
+    could be, too.
+
+    Args:
+        largest: Gives the so many largest of each token.
+    """
+    config, n_members = sae.config, len(sae.layers)
+    own = members if config.per_layer_threshold else None
+    assert config.k is not None
+    candidates = min(2 * config.k, config.d_sae)
+    while True:
+        latents = largest(candidates)
+        cuts = batch_cut(latents.values, config.k, own, n_members)
+        cut = cuts if own is None else cuts[own].unsqueeze(1)
+        if candidates == config.d_sae or bool((latents.values.amin(1, keepdim=True) < cut).all()):
+            break
+        candidates = min(2 * candidates, config.d_sae)
+    kept = Latents(latents.values * (latents.values >= cut), latents.indices)
+    return Chosen(kept, cuts.expand(n_members))
+
+
+def encode(
+    inputs: Float[Tensor, "token d_model"],
+    W_enc: Float[Tensor, "latent d_model"],
+    b_enc: Float[Tensor, " latent"],
+    k: int,
+    bias: _MemberBias | None = None,
+) -> Latents:
+    """TopK(relu(W_enc inputs + b_enc)), a chunk of tokens at a time."""
+    values = inputs.new_empty(len(inputs), k)
+    indices = torch.empty(len(inputs), k, dtype=torch.long, device=inputs.device)
+    for chunk, pre_activations in pre_activations_of(inputs, W_enc, b_enc, bias):
+        torch.topk(pre_activations, k, sorted=False, out=(values[chunk], indices[chunk]))
+    return Latents(values.relu_(), indices)
+
+
+def pre_activations_of(
+    inputs: Float[Tensor, "token d_model"],
+    W_enc: Float[Tensor, "latent d_model"],
+    b_enc: Float[Tensor, " latent"],
+    bias: _MemberBias | None = None,
+) -> Iterator[tuple[slice, Float[Tensor, "chunk latent"]]]:
+    """W_enc inputs + b_enc, and the bias of each token's layer, a chunk of tokens at a time."""
+    rows = chunk_rows(b_enc)
+    for start in range(0, len(inputs), rows):
+        chunk = slice(start, start + rows)
+        pre_activations = linear(inputs[chunk], W_enc, b_enc)
+        if bias is not None:
+            members, of_member = bias
+            pre_activations += of_member[members[chunk]]
+        yield chunk, pre_activations
+
+
+def _above_thresholds(
+    sae: SAE,
+    inputs: Float[Tensor, "token d_model"],
+    members: Int[Tensor, " token"] | None,
+    bias: _MemberBias | None,
+) -> Chosen | None:
+    """jumprelu and relu: what is above, or within half a bandwidth of, each latent's threshold.
+
+    None once a token has more of that than is worth a sparse step.
+    """
+    reach = (sae.config.bandwidth or 0.0) / 2
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for chunk, pre_activations in pre_activations_of(inputs, sae.W_enc, sae.b_enc, bias):
+        own = None if members is None else members[chunk]
+        threshold = sae.thresholds(own).expand_as(pre_activations)
+        reached = pre_activations > threshold - reach
+        most = max(int(reached.sum(1).max()), 1)
+        if most * _DENSE_BELOW > sae.config.d_sae:
+            return None
+        scores = pre_activations.masked_fill(~reached, -torch.inf)
+        values, indices = torch.topk(scores, most, sorted=False)
+        parts.append((values, indices, threshold.gather(1, indices)))
+    most = max(values.shape[1] for values, _, _ in parts)
+    values, indices, thresholds = (
+        torch.cat([F.pad(part[i], (0, most - part[i].shape[1]), value=empty) for part in parts])
+        for i, empty in enumerate((-torch.inf, 0, 1.0))
+    )
+    active = values > thresholds
+    latents = Latents(torch.where(active, values, 0.0), indices)
+    if sae.config.bandwidth is None:
+        return Chosen(latents)
+    return Chosen(latents, near=(kernel(values, thresholds, 2 * reach) > 0, thresholds))
+
+
+def chunk_rows(b_enc: Float[Tensor, " latent"]) -> int:
+    """Tokens whose pre-activations of these latents fill a chunk; one at least."""
+    return max(_CHUNK_BYTES // (b_enc.element_size() * len(b_enc)), 1)
+
+
+def members_of(
+    sae: SAE, members: Int[Tensor, " token"] | None, tokens: int
+) -> Int[Tensor, " token"]:
+    """Each token's position among the member layers; the first where it was left out."""
+    if members is not None:
+        return members
+    return torch.zeros(tokens, dtype=torch.long, device=sae.b_enc.device)
