@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.drivers.common import Task
+from benchmarks.drivers.quality import Trial
 from benchmarks.machine import Quiet
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,7 +72,7 @@ def take_turns(
             yield turn
 
 
-def launch(python: Path, driver: str, task: Task) -> Result:
+def launch(python: Path, driver: str, task: Task | Trial) -> Result:
     """Run a driver in a process of its own.
 
     Raises:

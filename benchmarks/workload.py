@@ -91,12 +91,12 @@ def prepare(of: Shape, directory: Path, *, context_length: int, contexts: int) -
     directory.mkdir(parents=True, exist_ok=True)
     host = directory / f"host-{of.name}"
     if not host.exists():
-        with _made_aside(host) as folder:
+        with made_aside(host) as folder:
             _save_host(of, folder)
     count = max(4096, 2 ** (contexts - 1).bit_length())
     tokens = directory / f"tokens-{of.vocab_size}-{count}x{context_length}"
     if not tokens.exists():
-        with _made_aside(tokens) as folder:
+        with made_aside(tokens) as folder:
             _save_tokens(zipf_tokens(count, context_length, of.vocab_size), folder)
     return Workload(host, tokens)
 
@@ -173,7 +173,7 @@ def _save_tokens(ids: np.ndarray, folder: Path) -> None:
 
 
 @contextmanager
-def _made_aside(folder: Path) -> Iterator[Path]:
+def made_aside(folder: Path) -> Iterator[Path]:
     """A folder that takes its name only when the block ends well."""
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:

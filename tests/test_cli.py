@@ -54,6 +54,53 @@ def test_a_run_that_must_fail_late_is_refused_at_once(groupsae, tiny_config, tmp
     assert not (tmp_path / "run" / "distances.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("vary", "message"),
+    [
+        ([], "a sweep varies at least one key"),
+        (["sae.k"], "--vary 'sae.k': write KEY=VALUE,VALUE"),
+        (["sae.k=[1"], "--vary sae.k: '[1' cannot be read as values"),
+        (["sae.k="], "sae.k: no value is given"),
+        (["sae.k=4", "sae.k=8"], "--vary sae.k: given twice"),
+        (["sae.k=4,4"], "k-4: given twice; give each value once"),
+        (["sae.kk=4,8"], "sae.kk = None: there is no such key; did you mean sae.k?"),
+        (["sae=4,8"], "sae = None: this is a section"),
+        (["training.tokens=4096,8192"], "training.tokens: cannot vary within a sweep"),
+        (["training.batch_tokens=128"], "training.batch_tokens: cannot vary within a sweep"),
+        (["host.name=a,b"], "host.name: cannot vary within a sweep"),
+        (["grouping.groups=1,2"], "grouping.groups: cannot vary within a sweep"),
+        (["sae.k=4,many"], "sweep member sae.k=many: sae.k = 'many'"),
+        (["sae.k=4,64"], "sweep member sae.k=64: sae.k: 64 is more than sae.d_sae = 48"),
+        (
+            ["sae.architecture=topk,jumprelu", "sae.k=8"],
+            "sweep member sae.architecture=jumprelu sae.k=8: sae.k: 8 does not go with "
+            "sae.architecture=jumprelu",
+        ),
+        (["sae.expansion=2,4"], "sae.expansion: 2 changes nothing beside sae.d_sae = 48"),
+        (["sae.d_sae=8,null", "sae.k=2,600"], "sweep member sae.d_sae=8 sae.k=600"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_before_any_work(
+    groupsae, tiny_config, tmp_path, vary, message
+):
+    options = [part for text in vary for part in ("--vary", text)]
+    code, _, err = groupsae("sweep", *tiny_config, *options, "--out", tmp_path / "run")
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "run" / "distances.json").exists()
+
+
+def test_a_sweep_that_does_not_fit_the_host_is_refused_before_any_work(
+    groupsae, tiny_config, tmp_path
+):
+    code, _, err = groupsae(
+        "sweep", *tiny_config, "sae.d_sae=null", "--vary", "sae.k=4,600", "-o", tmp_path / "run"
+    )
+    assert code == 2
+    assert "sweep member k-600: sae.k: 600 is more than d_sae = 512" in err
+    assert not (tmp_path / "run" / "distances.json").exists()
+
+
 def test_help_shows_every_key_with_meaning_and_default(groupsae):
     _, out, _ = groupsae("run", "--help")
     words = " ".join(out.split())

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from groupsae.architectures import ARCHITECTURES, BY_COUNT
 from groupsae.config import Config, keys
 from groupsae.errors import InputError
 
@@ -126,7 +127,9 @@ def test_every_key_has_a_meaning():
     described = list(keys())
     assert len(described) > 40
     assert all(meaning for _, _, _, meaning in described)
-    assert ("sae.k", "int", 32, "active latents per token (paper: 128)") in described
+    kinds = {path: (kind, default) for path, kind, default, _ in described}
+    assert kinds["sae.k"] == ("int|null", None)
+    assert kinds["sae.expansion"] == ("int", 16)
 
 
 def test_the_paper_s_learning_rate():
@@ -140,3 +143,118 @@ def test_k_is_held_against_the_width_that_expansion_gives():
     assert sae.width(33) == 33
     with pytest.raises(InputError, match=r"sae\.k: 33 is more than d_sae = 32 .*raise sae\.exp"):
         sae.width(32)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_s_defaults_are_resolved_and_survive_the_way_through_yaml(architecture):
+    config = Config.load(None, [f"sae.architecture={architecture}"])
+    sae = config.sae
+    assert sae.k == (32 if architecture in BY_COUNT else None)
+    assert sae.target_l0 == (32 if architecture == "jumprelu" else None)
+    assert (sae.bandwidth is not None) == (architecture == "jumprelu")
+    assert (sae.initial_threshold is not None) == (architecture == "jumprelu")
+    assert (sae.prefix_shares is not None) == (architecture == "matryoshka")
+    assert Config.parse(yaml.safe_load(config.dump())) == config
+
+
+def test_a_price_of_the_l0_takes_the_place_of_the_target():
+    overrides = ["sae.architecture=jumprelu", "training.sparsity_weight=0.01"]
+    config = Config.load(None, overrides)
+    assert config.sae.target_l0 is None
+    assert Config.parse(yaml.safe_load(config.dump())) == config
+    both = Config.load(None, [*overrides, "sae.target_l0=20"])
+    assert both.sae.target_l0 == 20
+    assert Config.parse(yaml.safe_load(both.dump())) == both
+
+
+def test_a_default_can_be_asked_for_as_null():
+    assert Config.load(None, ["sae.k=null"]) == Config.load()
+    overrides = ["sae.architecture=jumprelu", "sae.k=null", "sae.target_l0=null"]
+    assert Config.load(None, overrides) == Config.load(None, overrides[:1])
+
+
+def test_jumprelu_without_a_target_or_a_price_is_refused():
+    values = Config.load(None, ["sae.architecture=jumprelu"])
+    sae = values.sae.model_copy(update={"target_l0": None})
+    with pytest.raises(
+        ValueError, match=r"jumprelu needs sae\.target_l0.*training\.sparsity_weight"
+    ):
+        Config(sae=sae)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "override", "belongs_to"),
+    [
+        ("jumprelu", "sae.k=8", "topk, batchtopk, matryoshka"),
+        ("relu", "sae.k=8", "topk, batchtopk, matryoshka"),
+        ("gated", "sae.k=8", "topk, batchtopk, matryoshka"),
+        ("topk", "sae.target_l0=8.0", "jumprelu"),
+        ("batchtopk", "sae.target_l0=8.0", "jumprelu"),
+        ("relu", "sae.bandwidth=0.1", "jumprelu"),
+        ("gated", "sae.initial_threshold=0.1", "jumprelu"),
+        ("topk", "sae.per_layer_threshold=True", "batchtopk, matryoshka, jumprelu"),
+        ("relu", "sae.per_layer_threshold=True", "batchtopk, matryoshka, jumprelu"),
+        ("batchtopk", "sae.prefix_shares=[0.5, 1]", "matryoshka"),
+        ("jumprelu", "training.auxk_weight=0.03", "topk, batchtopk, matryoshka"),
+        ("topk", "training.sparsity_weight=0.1", "jumprelu, relu, gated"),
+        ("topk", "training.sparsity_warmup=0.1", "jumprelu, relu, gated"),
+        ("topk", "training.threshold_learning_rate=0.1", "jumprelu"),
+        ("gated", "training.threshold_learning_rate=0.1", "jumprelu"),
+    ],
+)
+def test_an_option_of_another_sparsity_rule_is_refused(architecture, override, belongs_to):
+    with pytest.raises(InputError) as error:
+        Config.load(None, [f"sae.architecture={architecture}", override])
+    (line,) = str(error.value).splitlines()
+    name, _, value = override.partition("=")
+    refused, _, rest = line.partition(" does not go with ")
+    assert refused.startswith(f"{name}: ")
+    assert value.strip("[]") in refused.removeprefix(f"{name}: ")
+    assert rest.startswith(f"sae.architecture={architecture};")
+    assert line.endswith(belongs_to)
+
+
+@pytest.mark.parametrize("name", ["training.auxk_weight", "training.sparsity_warmup"])
+def test_nothing_of_what_a_rule_has_not_is_accepted(name):
+    architecture = "jumprelu" if name.endswith("auxk_weight") else "topk"
+    Config.load(None, [f"sae.architecture={architecture}", f"{name}=0"])
+
+
+@pytest.mark.parametrize("shares", ["[0.5, 0.2, 1]", "[0.5, 0.5, 1]", "[0.5]", "[0, 1]", "[]"])
+def test_prefixes_must_rise_to_all_latents(shares):
+    with pytest.raises(
+        InputError, match=r"^sae\.prefix_shares: \[.*\] must rise from above 0 to 1;"
+    ):
+        Config.load(None, ["sae.architecture=matryoshka", f"sae.prefix_shares={shares}"])
+
+
+def test_a_target_is_held_against_the_width():
+    overrides = ["sae.architecture=jumprelu", "sae.target_l0=33"]
+    with pytest.raises(InputError, match=r"^sae\.target_l0: 33.* more than sae\.d_sae = 32; lower"):
+        Config.load(None, [*overrides, "sae.d_sae=32"])
+    sae = Config.load(None, [*overrides, "sae.expansion=1"]).sae
+    assert sae.width(33) == 33
+    with pytest.raises(InputError, match=r"^sae\.target_l0: 33.* is more than d_sae = 32 .*raise"):
+        sae.width(32)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.warmup=1.5",
+        "training.decay=-0.1",
+        "training.weight_average=1",
+        "training.sparsity_weight=0",
+        "training.threshold_learning_rate=0",
+        "training.auxk_weight=-1",
+        "sae.bandwidth=0",
+        "sae.initial_threshold=-1",
+        "sae.target_l0=0",
+    ],
+)
+def test_numbers_out_of_their_range_are_named(override):
+    key, _, value = override.partition("=")
+    with pytest.raises(InputError) as error:
+        Config.load(None, ["sae.architecture=jumprelu", override])
+    (line,) = str(error.value).splitlines()
+    assert line.startswith(f"{key} = {value}: Input should be ")

@@ -151,6 +151,30 @@ def report(inputs: Inputs = None, out_directory: Out = None, redo: Redo = False)
 
 
 @app.command(epilog=_KEYS)
+def sweep(
+    inputs: Inputs = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE,VALUE",
+            help="Values of a key of sae, or of one of training that SAEs of one forward may differ"
+            " in; give it again for another key: every combination is trained.",
+        ),
+    ] = None,
+    out_directory: Out = None,
+) -> None:
+    """Train and judge SAEs of several settings side by side, from the same activations."""
+    from groupsae.sweep import read_vary
+
+    run = _open(inputs, out_directory, redo=False)
+    results = run.sweep(read_vary(vary or ()))
+    _show_sweep(results)
+    folder = run.directory / "sweep" / results["name"]
+    figures = run.directory / "figures" / f"sweep-{results['name']}"
+    out.print(f"Sweep: {folder}; figure: {figures}.*", soft_wrap=True, markup=False)
+
+
+@app.command(epilog=_KEYS)
 def plan(inputs: Inputs = None) -> None:
     """Check a config and print what it would cost for every G; loads no weights if it can."""
     config, directory = _config(inputs)
@@ -303,6 +327,26 @@ def _show_evaluation(rows: list[dict[str, Any]]) -> None:
     _print(table)
 
 
+def _show_sweep(results: dict[str, Any]) -> None:
+    """One row for each member and partition."""
+    columns = {"CELS": "ce_loss_score", "R²": "r2", "L2": "l2", "L0": "l0", "dead": "dead"}
+    means = results["means"]
+    table = Table(title="Sweep: means over layers, held-out text")
+    for path in means[0]["overrides"]:
+        table.add_column(path.rpartition(".")[2], justify="right")
+    table.add_column("one SAE per")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row, after in zip(means, [*means[1:], None], strict=True):
+        table.add_row(
+            *map(str, row["overrides"].values()),
+            {"groups": "group", "baseline": "layer"}[row["partition"]],
+            *(_number(row[key]) for key in columns.values()),
+            end_section=after is None or after["member"] != row["member"],
+        )
+    _print(table)
+
+
 def _measured(directory: Path, config: Config) -> Distances | None:
     """The distances of a run, where they are those that the config asks for."""
     from groupsae.grouping.matrix import load_distances
@@ -377,16 +421,19 @@ def _memory_by_groups(
     """What training holds for every G, with the baseline's SAEs where they are trained too."""
     from groupsae.training.memory import MemoryAccount, most_saes
 
-    return {
-        G: MemoryAccount.of(
+    accounts = {}
+    for G in range(1, n_layers + 1):
+        n_saes = most_saes(G, n_layers, baseline=config.training.baseline)
+        of_every_layer = config.training.layer_sampling == "all"
+        accounts[G] = MemoryAccount.of(
             config,
-            n_saes=most_saes(G, n_layers, baseline=config.training.baseline),
+            n_saes=n_saes,
             d_model=d_model,
             context_length=config.tokens.context_length,
             host=host,
+            rows_per_token=n_layers + n_saes - G if of_every_layer else None,
         )
-        for G in range(1, n_layers + 1)
-    }
+    return accounts
 
 
 def _print(table: Table) -> None:

@@ -22,6 +22,7 @@ from pydantic import (
 
 from groupsae.architectures import BY_COUNT, check_option
 from groupsae.errors import InputError
+from groupsae.presets import PRESETS, beneath, described
 
 _MULTIPLES = {"k": 10**3, "m": 10**6, "b": 10**9}
 
@@ -252,6 +253,13 @@ class TrainingConfig(_Section):
     baseline: bool = Field(
         True, description="also train one SAE per layer, on the same tokens, to compare with"
     )
+    init_from: str | None = Field(
+        None,
+        description="directory of a trained run of the same host model with SAEs of the same size "
+        "and architecture: each SAE starts from that run's of the same layers, else from its "
+        "smallest that has them all, with its means and scales. The same text goes on behind what "
+        "that run read. Adam's moments, warm-up, decay and the count of silent tokens begin anew",
+    )
     kernel: Literal["auto", "torch", "cpu", "triton", "reference"] = Field(
         "auto",
         description="how a step is computed, always with the same result: plain PyTorch, compiled "
@@ -423,6 +431,11 @@ class ReportConfig(_Section):
 class Config(_Section):
     """A whole run; every key has a default, and the defaults run."""
 
+    preset: Literal["group-sae-v1", "group-sae-v2"] | None = Field(
+        None,
+        description="the paper's settings, beneath every key that is given and above the defaults. "
+        + ". ".join(f"{name}: {described(name)}" for name in PRESETS),
+    )
     host: HostConfig = HostConfig()
     tokens: TokensConfig = TokensConfig()
     grouping: GroupingConfig = GroupingConfig()
@@ -445,6 +458,12 @@ class Config(_Section):
             return values
         given = {name: value for name, value in sae.items() if value is not None}
         return {**values, "sae": {"target_l0": 32, **given}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        """Lays a preset beneath; comes before `_target`: the last such validator is the first."""
+        return beneath(values)
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
@@ -509,6 +528,8 @@ def keys() -> Iterator[tuple[str, str, object, str]]:
     """Every key as (path, type, default, meaning), for the help."""
     for section_name, section in Config.model_fields.items():
         annotation = section.annotation
+        if section_name == "preset":
+            yield "preset", _type_name(annotation), section.default, section.description or ""
         if isinstance(annotation, type) and issubclass(annotation, _Section):
             for name, field in annotation.model_fields.items():
                 yield (

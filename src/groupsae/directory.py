@@ -71,6 +71,7 @@ class RunDirectory:
         self.path = path
         stored = stored_config(path)
         self.config = config or stored or Config()
+        self._start = self._identify_start(stored)
         if stored is not None and not redo:
             self._refuse_other_config(stored)
         self.note_provenance()
@@ -100,12 +101,16 @@ class RunDirectory:
         """Whether `stage` has been carried out for this config."""
         return bool(self._done().get(stage, {}).get("key") == self.key(stage))
 
-    def key(self, stage: str) -> str:
-        """Identifies what `stage` makes: all keys that it and the stages before it depend on."""
+    def key(self, stage: str, config: Config | None = None) -> str:
+        """Identifies what `stage` makes: all keys that it and the stages before it depend on.
+
+        Args:
+            config: By default the directory's own.
+        """
         content = {
             path: value
             for earlier in STAGES[: STAGES.index(stage) + 1]
-            for path, value in _relevant(self.config).items()
+            for path, value in _relevant(config or self.config, self._start).items()
             if any(path == on or path.startswith(on + ".") for on in _DEPENDS[earlier])
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -135,6 +140,10 @@ class RunDirectory:
                     f"(its {name} was {known[name]}, is {fact}); choose another directory with "
                     "--out"
                 )
+        if self._start is None:
+            known.pop("init_from", None)
+        else:
+            known["init_from"] = self._start
         resolved = self.config.model_copy(update={"provenance": known})
         if resolved != stored:  # a finished run may lie where nothing can be written
             write_text(self.path / "config.yaml", resolved.dump())
@@ -147,19 +156,47 @@ class RunDirectory:
                 begun.setdefault("train", read_json(path, config=str)["config"])
         for stage in STAGES:
             if stage in begun and begun[stage] != self.key(stage):
-                differences = "; ".join(_differences(stored, self.config))
+                differences = "; ".join(self._differences(stored))
                 raise InputError(
                     f"{self.path} holds the stage '{stage}' of another config "
                     f"({differences or 'or of another version of groupsae'}); choose another "
                     "directory with --out, or add --redo to repeat it and what follows"
                 )
 
+    def _differences(self, stored: Config) -> list[str]:
+        before, now = _flat(stored), _flat(self.config)
+        noted = (stored.provenance or {}).get("init_from")
+        was, is_now = _relevant(stored, noted), _relevant(self.config, self._start)
+        start = "training.init_from"
+        anew = before[start] == now[start] and was.get(start) != is_now.get(start)
+        return [
+            f"{path} was {before[path]!r}, is now {now[path]!r}"
+            for path in now
+            if before[path] != now[path] and was.get(path) != is_now.get(path)
+        ] + [f"the run {start}={now[start]} was trained anew or otherwise since"] * anew
+
+    def _identify_start(self, stored: Config | None) -> str | None:
+        """Identifies what `training.init_from` starts from, whatever has become of it since."""
+        asked = self.config.training.init_from
+        if asked is None:
+            return None
+        if Path(asked).resolve() == self.path.resolve():
+            raise InputError(
+                f"training.init_from={asked} is the run itself; choose another directory with --out"
+            )
+        noted = None
+        if stored is not None and stored.training.init_from == asked:
+            noted = (stored.provenance or {}).get("init_from")
+        found = trained(Path(asked)) or noted
+        if found is None:
+            raise InputError(
+                f"training.init_from={asked}: there is no finished training; name the directory of "
+                "a run whose stage 'train' is done"
+            )
+        return found
+
     def _done(self) -> dict[str, Any]:
-        path = self.path / "stages.json"
-        done = read_json(path) if path.exists() else {}
-        if not all(isinstance(entry, dict) and "key" in entry for entry in done.values()):
-            raise _damaged(path, "a stage has no key")
-        return done
+        return _stages(self.path)
 
 
 def stored_config(directory: Path) -> Config | None:
@@ -182,6 +219,16 @@ def stored_config(directory: Path) -> Config | None:
             f"{directory} is no run directory (it holds no config.yaml); choose another with --out"
         )
     return None
+
+
+def trained(directory: Path) -> str | None:
+    """Identifies the SAEs of a run wherever it lies; None where there is none, or not trained."""
+    stage = _stages(directory).get("train")
+    config = None if stage is None else stored_config(directory)
+    if stage is None or config is None:
+        return None
+    of = [stage["key"], (config.provenance or {}).get("host_fingerprint")]
+    return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
 
 
 def read_json(path: Path, **kinds: Any) -> dict[str, Any]:
@@ -216,12 +263,21 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def _stages(directory: Path) -> dict[str, Any]:
+    """The stages that are done."""
+    path = directory / "stages.json"
+    done = read_json(path) if path.exists() else {}
+    if not all(isinstance(entry, dict) and "key" in entry for entry in done.values()):
+        raise _damaged(path, "a stage has no key")
+    return done
+
+
 def _damaged(path: Path, why: str) -> InputError:
     return InputError(f"{path} is damaged ({why}); remove it to have it made again")
 
 
 def _flat(config: Config) -> dict[str, Any]:
-    sections = config.model_dump(mode="json", exclude={"provenance"})
+    sections = config.model_dump(mode="json", exclude={"preset", "provenance"})
     return {
         f"{section}.{key}": value
         for section, keys in sections.items()
@@ -229,22 +285,18 @@ def _flat(config: Config) -> dict[str, Any]:
     }
 
 
-def _relevant(config: Config) -> dict[str, Any]:
-    """The keys that decide what comes out. Where a cache lies does not; how it is read does."""
+def _relevant(config: Config, start: str | None) -> dict[str, Any]:
+    """The keys that decide what comes out.
+
+    Where a cache lies does not; how it is read does. Nor where the run lies that SAEs start from;
+    `start`, which identifies what that has trained, does.
+    """
     values = {path: value for path, value in _flat(config).items() if path not in _IRRELEVANT}
+    if values.pop("training.init_from") is not None:
+        values["training.init_from"] = start
     if values["training.activation_cache"] is not None:
         return values | {"training.activation_cache": True}
     return {path: value for path, value in values.items() if path not in _OF_A_CACHE}
-
-
-def _differences(stored: Config, asked: Config) -> list[str]:
-    before, now = _flat(stored), _flat(asked)
-    was, is_now = _relevant(stored), _relevant(asked)
-    return [
-        f"{path} was {before[path]!r}, is now {now[path]!r}"
-        for path in now
-        if before[path] != now[path] and was.get(path) != is_now.get(path)
-    ]
 
 
 def _now() -> str:

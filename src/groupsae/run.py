@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
     from groupsae.host.model import HostModel
     from groupsae.host.tokens import Corpus, TokenStream
     from groupsae.sae import SAE
+    from groupsae.sweep import Member
     from groupsae.training.activation_cache import CachedActivations
+    from groupsae.training.start import Start
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +138,7 @@ class Run:
         No stage: the folder, `training.activation_cache`, may serve many runs.
 
         Args:
-            tokens: How many; by default as many as training takes.
+            tokens: How many; by default as many as training takes, and what it passes over.
 
         Returns:
             The folder.
@@ -153,7 +157,7 @@ class Run:
             self.host,
             self.corpus.train(),
             layers=self.layers,
-            tokens=tokens or training.steps * training.batch_tokens,
+            tokens=tokens or self._tokens_to_cache,
             dtype=training.cache_dtype,
             batch_contexts=training.host_batch_contexts,
             exclude_special=self.config.tokens.exclude_special,
@@ -178,10 +182,56 @@ class Run:
                     batch_contexts=self.config.evaluation.batch_contexts,
                     special=self._special,
                 )
-                result["equal"] = f"training tokens per SAE ({training['tokens_per_sae']:,})"
+                after = self.config.training.init_from and ", after those of training.init_from"
+                result["equal"] = (
+                    f"training tokens per SAE ({training['tokens_per_sae']:,}{after or ''})"
+                )
                 write_json(path, result)
         rows: list[dict[str, Any]] = read_json(path, rows=list[_Row])["rows"]
         return rows
+
+    def sweep(self, vary: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        """Train and judge SAEs of several settings side by side, from the same activations.
+
+        Every combination of the values is a member: an SAE per group and, if asked, one per layer,
+        with these overrides of the run's config. Measures and groups first where that is not done.
+        SAEs and `results.json` lie below `sweep/<name>/`, whose name stands for the combinations:
+        those of other sweeps lie beside. A finished sweep is not repeated, a stopped one continues.
+
+            run.sweep({"sae.k": [16, 32], "training.learning_rate": [1e-4, 3e-4]})
+
+        Args:
+            vary: Values by key, of those that may differ among SAEs of one forward.
+
+        Returns:
+            The content of `results.json`.
+        """
+        from groupsae.sweep import draw, judge, members_of
+
+        members = members_of(self.config, vary)
+        train_key, key = (self._key_of_sweep(stage, members) for stage in ("train", "evaluate"))
+        folder = self.directory / "sweep" / train_key[:8]
+        path = folder / "results.json"
+        if not (path.exists() and read_json(path, key=str)["key"] == key):
+            self._check_members(members)
+            self.distances()
+            self.groups()
+            log.info("sweep: %d members, in %s", len(members), folder)
+            self._train_members(members, folder, train_key)
+            results = judge(
+                members,
+                self._partition().groups,
+                folder / "saes",
+                host=self.host,
+                stream=self.corpus.held_out(),
+                special=self._special,
+            )
+            write_json(path, {"name": folder.name, "key": key} | results)
+        else:
+            log.info("sweep %s: already done", folder.name)
+        results = read_json(path, means=list[dict[str, Any]], rows=list[_Row])
+        draw(results, self.directory / "figures", self.config.report.formats)
+        return results
 
     def report(self) -> Path:
         """Write `report.html` and the figures; returns the page's path."""
@@ -201,8 +251,9 @@ class Run:
         """
         if self._stages.is_done("evaluate"):
             return
-        self._check_sizes()
+        self._check_sizes(self.config)
         if not self._stages.is_done("train"):
+            self._check_start(self.config)
             self._cached(self.layers)
         if self.corpus.documents.count is None:
             return
@@ -211,7 +262,10 @@ class Run:
         if not self.corpus.repeat:
             tokens = config.grouping.distance_tokens
             _require(self.corpus.train(), tokens, "grouping.distance_tokens")
-            _require(self.corpus.train(), config.training.tokens, "training.tokens")
+            stream, start = self.corpus.train(), self._start
+            if start is not None and not self._stages.is_done("train"):
+                start.go_on(stream)
+            _require(stream, config.training.tokens, "training.tokens")
 
     def adopt(self, distances: Distances) -> PartitionTable:
         """Group by distances from elsewhere instead of measuring them here. Needs no host model.
@@ -333,12 +387,42 @@ class Run:
             self.host,
             self.corpus.train(),
             layers=layers,
-            tokens=training.steps * training.batch_tokens,
+            tokens=self._tokens_to_cache,
             dtype=training.cache_dtype,
             exclude_special=self.config.tokens.exclude_special,
             shuffle=training.cache_shuffle,
             seed=training.seed,
         )
+
+    @cached_property
+    def _start(self) -> Start | None:
+        """The run that training starts from, if it is one of this host model."""
+        from groupsae.training.start import open_start
+
+        return open_start(self.config, self.host)
+
+    @property
+    def _tokens_to_cache(self) -> int:
+        """Tokens that an activation cache must hold: training's, and those that it passes over."""
+        training, start = self.config.training, self._start
+        before = 0 if start is None else start.tokens_read(self.corpus.train())
+        return before + training.steps * training.batch_tokens
+
+    def _check_start(self, config: Config) -> None:
+        """Refuse a start from a run that has no SAE for a layer, or for a group that is known."""
+        from groupsae.training.session import sae_config
+
+        start, sae = self._start, config.sae
+        if start is None:
+            return
+        groups: list[tuple[int, ...]] = [(layer,) for layer in self.layers]
+        if self._stages.is_done("groups"):
+            groups += self._partition().groups
+        elif self.config.grouping.partition is not None:
+            known = chosen_beforehand(self.config, self.layers)
+            groups += [] if known is None else known.partition.groups
+        for group in groups:
+            start.source_of(sae_config(config, group, self.host.d_model), sae.affine)
 
     def _note_precision(self, layers: Sequence[int]) -> None:
         """Measure, once, what an explicit 16-bit `host.dtype` changes in the residual streams."""
@@ -362,12 +446,13 @@ class Run:
             log.info("%s", found)
             self._stages.note_provenance(host_precision=str(found))
 
-    def _check_sizes(self) -> None:
+    def _check_sizes(self, config: Config) -> None:
         from groupsae.sae.kernels import choose
         from groupsae.training.session import sae_config
 
-        sae_config(self.config, self.layers, self.host.d_model)
-        choose(self.config.training.kernel, self.host.device)
+        sae_config(config, self.layers, self.host.d_model)
+        choose(config.training.kernel, self.host.device)
+        config.training.weights_of(self.layers)
         if not self._stages.is_done("groups"):
             chosen_beforehand(self.config, self.layers)
 
@@ -393,6 +478,47 @@ class Run:
             log.warning("%s", note)
         notes = {} if note is None else {"threshold_note": note}
         return result.distances.to_json() | {"excluded_special_tokens": result.excluded} | notes
+
+    def _key_of_sweep(self, stage: str, members: Iterable[Member]) -> str:
+        """Identifies what the members and the run's own seed, that of the batches, make."""
+        keys = [(member.name, self._stages.key(stage, member.config)) for member in members]
+        content = json.dumps([self.config.training.seed, keys])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def _check_members(self, members: Iterable[Member]) -> None:
+        """Refuse before any work what would fail late, as :meth:`check` does."""
+        self.check()
+        for member in members:
+            try:
+                self._check_sizes(member.config)
+                self._check_start(member.config)
+            except InputError as error:
+                raise InputError(f"sweep member {member.name}: {error}") from error
+
+    def _train_members(self, members: Sequence[Member], folder: Path, key: str) -> None:
+        from groupsae.sweep import entries
+        from groupsae.training.session import train_entries
+
+        path = folder / "training.json"
+        if not path.exists():
+            partition = self._partition()
+            cached = self._cached(partition.layers)
+            self._note_precision(partition.layers)
+            vary = {member.name: member.overrides for member in members}
+            write_json(folder / "members.json", vary)
+            summary = train_entries(
+                self.host,
+                self.corpus.train(),
+                self._moments(partition.layers),
+                entries(members, partition.groups),
+                self.config,
+                directory=folder,
+                key=key,
+                special=self._special,
+                cached=cached,
+            )
+            write_json(path, summary)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # no more of use
 
     def _moments(self, layers: Sequence[int]) -> Moments:
         """The layers' moments, measured now if the distances came from elsewhere."""

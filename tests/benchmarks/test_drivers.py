@@ -25,6 +25,11 @@ LIBRARIES = {
     "sparsify_": {"sparsify"},
     "saelens_": {"sae_lens", "transformer_lens"},
     "dictionary_learning_": {"dictionary_learning", "nnsight"},
+    "quality": set(),
+    "quality_groupsae": {"groupsae"},
+    "quality_sparsify": {"sparsify", "schedulefree"},
+    "quality_saelens": {"sae_lens"},
+    "quality_dictionary_learning": {"dictionary_learning"},
 }
 
 

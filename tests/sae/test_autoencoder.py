@@ -79,7 +79,7 @@ def test_save_and_load_give_the_same_sae(tmp_path):
         ({"k": 21}, "sae.k: 21 must lie between 1 and d_sae = 20"),
         ({"k": 0}, "sae.k: 0"),
         ({"layers": ()}, "at least one member layer"),
-        ({"architecture": "gated"}, "'gated' is not known"),
+        ({"architecture": "vanilla"}, "'vanilla' is not known"),
     ],
 )
 def test_impossible_shapes_are_refused(change, message):

@@ -35,10 +35,11 @@ def recipe(sae: SAE, xs, config: TrainingConfig) -> SAE:
     m = {name: torch.zeros_like(p) for name, p in parameters.items()}
     v = {name: torch.zeros_like(p) for name, p in parameters.items()}
     silent = torch.zeros(sae.config.d_sae, dtype=torch.long)
-    beta1, beta2 = config.adam_betas
+    beta1, beta2 = 0.9, 0.999
+    auxk_weight = 1 / 32 if config.auxk_weight is None else config.auxk_weight
     for t, x in enumerate(xs, start=1):
         dead = silent >= config.dead_after_tokens
-        result = reference.step(sae, x.double(), dead=dead, auxk_weight=config.auxk_weight)
+        result = reference.step(sae, x.double(), dead=dead, auxk_weight=auxk_weight)
         gradients = result.gradients
         norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
         factor = min(1.0, config.gradient_clip / float(norm))
@@ -118,7 +119,46 @@ def test_learning_rate_by_default_is_that_of_the_paper():
     config = make_config(learning_rate=None)
     assert config.rate(2**14) == pytest.approx(2e-4)
     assert config.rate(2**16) == pytest.approx(1e-4)
-    assert Learner(make_sae(), config).learning_rate == config.rate(32)
+    learner = Learner(make_sae(), config)
+    learner.step(batches(1)[0])
+    assert learner.metrics()["lr"] == pytest.approx(2e-4 / (32 / 2**14) ** 0.5)
+
+
+def test_the_learning_rate_rises_and_falls_by_shares_of_the_steps():
+    learner, rates = Learner(make_sae(), make_config(warmup=0.2, decay=0.5)), []
+    for x in batches(10):
+        learner.step(x)
+        rates.append(learner.metrics()["lr"] / 1e-2)
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.99])
+def test_the_averaged_weights_are_the_running_mean_of_the_steps(decay):
+    """Of the first 1 / (1 - decay) steps the plain mean, and without the start."""
+    learner, seen = Learner(make_sae(), make_config(weight_average=decay)), []
+    for x in batches(10):
+        learner.step(x)
+        seen.append({name: p.detach().clone() for name, p in learner.sae.named_parameters()})
+    learner.finish()
+    for name, parameter in learner.sae.named_parameters():
+        expected = torch.zeros_like(parameter)
+        for t, weights in enumerate(seen, start=1):
+            share = max(1 - decay, 1 / t)
+            expected = (1 - share) * expected + share * weights[name]
+        if name == "W_dec":
+            expected = F.normalize(expected, dim=1)
+        torch.testing.assert_close(parameter, expected, msg=name)
+        if decay == 0.99 and name != "W_dec":
+            mean = torch.stack([weights[name] for weights in seen]).mean(0)
+            torch.testing.assert_close(parameter, mean, msg=name)
+
+
+def test_without_an_average_the_last_weights_stay():
+    learner = Learner(make_sae(), make_config())
+    learner.step(batches(1)[0])
+    last = copy.deepcopy(learner.sae.state_dict())
+    learner.finish()
+    assert all(torch.equal(last[name], t) for name, t in learner.sae.state_dict().items())
 
 
 def test_metrics_are_means_since_they_were_last_asked_for():

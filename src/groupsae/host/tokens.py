@@ -240,11 +240,10 @@ class TokenStream:
         Raises:
             InputError: it was taken from another corpus, or another way of reading it.
         """
-        here, there = self._identity, state["corpus"]
+        there = state["corpus"]
         differing = [
-            f"{key} (there {there.get(key)!r}, here {value!r})"
-            for key, value in here.items()
-            if there.get(key) != value
+            f"{key} (there {there.get(key)!r}, here {self._identity[key]!r})"
+            for key in self._differing(state)
         ]
         if differing:
             raise InputError(
@@ -255,6 +254,14 @@ class TokenStream:
         self._cursor = _Cursor(Position(*state["position"]), int(state["offset"]))
         self.tokens_seen = int(state["tokens_seen"])
         self._rewind()
+
+    def is_of(self, state: Mapping[str, Any]) -> bool:
+        """Whether `state_dict` was taken from this corpus, read in this way."""
+        return not self._differing(state)
+
+    def _differing(self, state: Mapping[str, Any]) -> list[str]:
+        there = state["corpus"]
+        return [key for key, value in self._identity.items() if there.get(key) != value]
 
     def _rewind(self) -> None:
         """Forget what was read ahead and read again from the cursor."""

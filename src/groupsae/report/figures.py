@@ -456,6 +456,45 @@ def latent_density(rows: Sequence[Mapping[str, Any]], chosen: int | None = None)
     return figure
 
 
+@_styled
+def sweep_means(means: Sequence[Mapping[str, Any]]) -> Figure:
+    """Mean CE-loss score, R² and L0 of each member of a sweep, groups beside layers.
+
+    Takes the `means` of a sweep's `results.json`.
+    """
+    members = list(dict.fromkeys(row["member"] for row in means))
+    figure = Figure(figsize=(PAGE, 0.9 + 0.19 * len(members)), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, key in zip(panels, ("ce_loss_score", "r2", "l0"), strict=True):
+        for partition, colour, marker, label in (
+            ("baseline", BASELINE, "s", "one SAE per layer"),
+            ("groups", GROUP, "o", "group SAE"),
+        ):
+            own = [row for row in means if row["partition"] == partition]
+            if own:
+                axes.plot(
+                    [number(row[key]) for row in own],
+                    [members.index(row["member"]) for row in own],
+                    color=colour,
+                    marker=marker,
+                    linestyle="none",
+                    label=label,
+                )
+        axes.set_xlabel(f"Mean {METRICS[key].label}")
+        axes.grid(axis="y")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+    labels = {row["member"]: _setting(row["overrides"]) for row in means}
+    panels[0].set_yticks(range(len(members)), [labels[member] for member in members])
+    panels[0].set_ylim(len(members) - 0.5, -0.5)
+    figure.legend(*_unique_legend(*panels), loc="outside upper center", ncols=2)
+    return figure
+
+
+def _setting(overrides: Mapping[str, Any]) -> str:
+    """A member of a sweep in words: "k 16, learning_rate 0.0001"."""
+    return ", ".join(f"{path.rpartition('.')[2]} {value}" for path, value in overrides.items())
+
+
 def encode(figure: Figure, form: str) -> bytes:
     """`figure` as a PDF, PNG or SVG file; the same figure gives the same bytes."""
     if form not in _METADATA:

@@ -263,15 +263,34 @@ class SAE(nn.Module):
             return self.of_member(self.threshold.unsqueeze(1), members)
         return self.b_enc.new_zeros(1)
 
+    def check_given(self, members: Members) -> None:
+        """Refuse tokens of unknown layers where it makes a difference.
+
+        Raises:
+            InputError: If they are left out and there are several member layers.
+        """
+        if members is None and len(self.layers) > 1:
+            raise InputError("this SAE treats its member layers differently: say which they are")
+
     def of_member(self, values: Float[Tensor, "member n"], members: Members) -> Tensor:
         """The rows of a per-layer parameter that belong to these tokens.
 
         Raises:
-            InputError: If the tokens' layers are not given and make a difference.
+            InputError: As in :meth:`check_given`.
         """
-        if members is None and len(self.layers) > 1:
-            raise InputError("this SAE treats its member layers differently: say which they are")
+        self.check_given(members)
         return values[0 if members is None else members]
+
+    def sharing(self, members: Int[Tensor, " token"] | None) -> Int[Tensor, " token"] | None:
+        """Which tokens of a batch share thresholds, k or target_l0: those of a number; None: all.
+
+        Raises:
+            InputError: As in :meth:`check_given`.
+        """
+        if not self.config.per_layer_threshold:
+            return None
+        self.check_given(members)
+        return members
 
     def save(self, directory: Path) -> None:
         """Write `cfg.json` and `sae.safetensors` into `directory`, made where it is missing.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -34,9 +35,10 @@ class Learner:
         recipe = self.recipe
         thresholds = [p for name, p in self._parameters.items() if name == "log_threshold"]
         others = [p for name, p in self._parameters.items() if name != "log_threshold"]
-        groups = [{"params": others, "height": recipe.learning_rate}]
+        groups: list[dict[str, Any]] = [{"params": others, "height": recipe.learning_rate}]
         if thresholds:
-            groups.append({"params": thresholds, "height": recipe.threshold_learning_rate})
+            own = {"height": recipe.threshold_learning_rate, "betas": recipe.threshold_betas}
+            groups.append({"params": thresholds, **own})
         self._adam = torch.optim.Adam(
             groups,
             lr=recipe.learning_rate,
@@ -85,8 +87,11 @@ class Learner:
         if result.cuts is not None:
             self._move_threshold(result.cuts)
         self._move_average()
-        self.tokens += len(x)
-        self.silent_tokens += len(x)
+        tokens = len(x)
+        if self.config.layer_sampling == "all":  # a row for each member layer
+            tokens //= len(self.sae.layers)
+        self.tokens += tokens
+        self.silent_tokens += tokens
         self.silent_tokens.masked_fill_(result.fired, 0)
         self._sum(result, gradient_norm)
         return result

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from groupsae.config import Config
+from groupsae.config import Config, TrainingConfig
 
 if TYPE_CHECKING:
     from groupsae.host.model import HostModel
@@ -31,7 +32,8 @@ class MemoryAccount:
         moments: Adam's two, of all SAEs.
         gradients: Of one SAE: they step one after another.
         buffer: The shuffle buffer, with room for the rows of one forward.
-        batch: One mixed batch for every SAE, with the numbers of its rows' member layers.
+        batch: One mixed batch for every SAE, or for those that share it, with the numbers of its
+            rows' member layers.
         chunk: Pre-activations that a kernel holds at a time.
         counters: How long each latent has been silent.
     """
@@ -65,25 +67,52 @@ class MemoryAccount:
             rows_per_token: Rows that all batches together have of a token: by default one for each
                 SAE. With `layer_sampling` "all" it is one for each member layer of each SAE.
         """
-        training, d_sae = config.training, config.sae.width(d_model)
-        weights = _FLOAT32 * (2 * d_model * d_sae + d_sae + d_model)
         rows = n_saes if rows_per_token is None else rows_per_token
         most = max(rows - n_saes, 0) + 1  # of one SAE, where the others have one each
+        return cls.of_widths(
+            config.training,
+            [config.sae.width(d_model)] * n_saes,
+            slots=[most] + [1] * (n_saes - 1),
+            d_model=d_model,
+            context_length=context_length,
+            host=host,
+        )
+
+    @classmethod
+    def of_widths(
+        cls,
+        training: TrainingConfig,
+        widths: Sequence[int],
+        *,
+        slots: Sequence[int],
+        d_model: int,
+        context_length: int,
+        host: int,
+    ) -> MemoryAccount:
+        """The account of SAEs of several settings that are trained side by side.
+
+        Args:
+            widths: d_sae of each SAE.
+            slots: For each of the mixed batches, which SAEs may share, the rows that it has of a
+                token.
+            context_length, host: As in :meth:`of`.
+        """
+        weights = [_FLOAT32 * (2 * d_model * d_sae + d_sae + d_model) for d_sae in widths]
         row = _FLOAT32 * d_model
         forward = training.host_batch_contexts * context_length
-        chunk = _FLOAT32 * most * training.batch_tokens * d_sae
+        chunk = _FLOAT32 * max(slots) * training.batch_tokens * max(widths)
         if training.kernel != "reference":
             chunk = min(chunk, _CHUNK_BYTES.get(training.kernel, _CHUNK_BYTES["torch"]))
         return cls(
-            n_saes=n_saes,
+            n_saes=len(widths),
             host=host,
-            saes=n_saes * weights,
-            moments=n_saes * 2 * weights,
-            gradients=weights,
-            buffer=rows * (row + _MEMBER_IN_BUFFER) * (training.buffer_tokens + forward),
-            batch=rows * (row + _MEMBER) * training.batch_tokens,
+            saes=sum(weights),
+            moments=2 * sum(weights),
+            gradients=max(weights),
+            buffer=sum(slots) * (row + _MEMBER_IN_BUFFER) * (training.buffer_tokens + forward),
+            batch=sum(slots) * (row + _MEMBER) * training.batch_tokens,
             chunk=chunk,
-            counters=_COUNTER * n_saes * d_sae,
+            counters=_COUNTER * sum(widths),
         )
 
     @property

@@ -11,6 +11,9 @@ from groupsae.sae import SAEConfig
 _AUXK_WEIGHT = 1 / 32  # Gao et al. 2024, and the paper
 _SPARSITY_WEIGHT = {"jumprelu": 1.0, "relu": 0.05, "gated": 0.05}
 _BETAS = {"jumprelu": (0.0, 0.999)}  # Rajamanoharan et al. 2024b
+# The L0 penalty's gradient shrinks a thousandfold while L0 falls from half of the latents to its
+# target; with a memory of a thousand steps Adam would measure each step by the first ones.
+_THRESHOLD_BETAS = (0.0, 0.95)
 _TRAVEL = 16.0  # what the logarithm of a threshold can move by in a run; exp(16) is 9 million
 
 
@@ -27,6 +30,7 @@ class Recipe:
     learning_rate: float
     threshold_learning_rate: float
     adam_betas: tuple[float, float]
+    threshold_betas: tuple[float, float]
     adam_epsilon: float
     gradient_clip: float
     auxk_weight: float
@@ -55,6 +59,7 @@ class Recipe:
                 training.threshold_learning_rate, max(_TRAVEL / steps, rate)
             ),
             adam_betas=training.adam_betas or _BETAS.get(architecture, (0.9, 0.999)),
+            threshold_betas=training.adam_betas or _THRESHOLD_BETAS,
             adam_epsilon=training.adam_epsilon,
             gradient_clip=training.gradient_clip,
             auxk_weight=settled(training.auxk_weight, auxk),

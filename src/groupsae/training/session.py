@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,28 @@ from groupsae.training.batches import MixedBatches, NormLimit
 from groupsae.training.checkpoint import Checkpoints
 from groupsae.training.learner import Learner
 from groupsae.training.memory import MemoryAccount, host_bytes
+from groupsae.training.start import Start, open_start, text_read
 from groupsae.training.trackers import open_tracker
 from groupsae.training.trainer import Record, train
 
 _log = logging.getLogger(__name__)
+
+# Keys of `training` in which SAEs of one forward may differ; `seed` as that of the weights.
+OWN = (
+    "learning_rate",
+    "threshold_learning_rate",
+    "warmup",
+    "decay",
+    "weight_average",
+    "adam_betas",
+    "adam_epsilon",
+    "gradient_clip",
+    "auxk_weight",
+    "sparsity_weight",
+    "sparsity_warmup",
+    "dead_after_tokens",
+    "seed",
+)
 
 
 def train_saes(
@@ -57,30 +77,112 @@ def train_saes(
         cached: Read in place of `stream` and of the host model's forwards.
 
     Returns:
-        A summary for `training.json`: SAEs, steps, tokens and what was left out.
+        A summary for `training.json`: SAEs, steps, tokens, what was left out, what was read.
     """
-    training = config.training
-    names = _names(groups, baseline=training.baseline)
-    memory = MemoryAccount.of(
+    return train_entries(
+        host,
+        stream,
+        moments,
+        entries_of(groups, config),
         config,
-        n_saes=len(names),
+        directory=directory,
+        key=key,
+        special=special,
+        cached=cached,
+    )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One SAE to train beside others.
+
+    Attributes:
+        name: The folder below `saes/` that it is saved in.
+        layers: Its member layers.
+        config: Its `sae`, and the keys `OWN` of its `training`, are its own.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    config: Config
+
+    def trained_as(self) -> Hashable:
+        """What its training depends on, besides what all entries share."""
+        training = self.config.training
+        return self.layers, self.config.sae, tuple(getattr(training, name) for name in OWN)
+
+
+def entries_of(groups: Sequence[Sequence[int]], config: Config, below: str = "") -> list[Entry]:
+    """One SAE per group and, if `training.baseline` asks, one per layer.
+
+    Args:
+        below: What their names begin with.
+    """
+    names = _names(groups, baseline=config.training.baseline)
+    return [Entry(below + name, layers, config) for layers, own in names.items() for name in own]
+
+
+def distinct(entries: Iterable[Entry]) -> list[list[Entry]]:
+    """Entries that differ in nothing but their names together: they are trained once."""
+    found: dict[Hashable, list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(entry.trained_as(), []).append(entry)
+    return list(found.values())
+
+
+def train_entries(
+    host: HostModel,
+    stream: TokenStream,
+    moments: Moments,
+    entries: Sequence[Entry],
+    config: Config,
+    *,
+    directory: Path,
+    key: str,
+    special: Iterable[int] = (),
+    cached: CachedActivations | None = None,
+) -> dict[str, Any]:
+    """Train SAEs of several settings side by side from the same forwards, and save them.
+
+    Those with the same member layers, means and scales see identical batches, which are held once;
+    what else learns from them changes nothing in an SAE. Arguments, files and summary are those of
+    :func:`train_saes`, but for:
+
+    Args:
+        entries: What to train.
+        config: What they share: host, text, tokens and size of a batch, layer sampling and so on;
+            its `training.seed` is that of the batches, an entry's that of its weights.
+
+    Raises:
+        InputError: If two entries have one name, or one differs in what all must share.
+    """
+    _check_entries(entries, config)
+    training = config.training
+    trained = {same[0].name: same for same in distinct(entries)}
+    start = open_start(config, host)
+    saes = {
+        name: new_sae(same[0].layers, moments, same[0].config, start).to(host.device)
+        for name, same in trained.items()
+    }
+    if start is not None and (passed := start.go_on(cached or stream)):
+        _log.info("the text of %s continues after %s tokens", start.path, f"{passed:,}")
+    slots = _slots(saes)
+    memory = MemoryAccount.of_widths(
+        training,
+        [sae.config.d_sae for sae in saes.values()],
+        slots=[len(saes[s].layers) if training.layer_sampling == "all" else 1 for s in slots],
         d_model=host.d_model,
         context_length=stream.context_length,
         host=host_bytes(host),
-        rows_per_token=sum(map(len, names)) if training.layer_sampling == "all" else None,
     )
     _log.info("memory: %s", memory)
     if host.device.type == "cpu":
         keep_freed_memory()
-    saes = {
-        own[0]: new_sae(layers, moments, config).to(host.device) for layers, own in names.items()
-    }
-    aliases = {own[0]: own for own in names.values()}
     contexts = cached or ContextsAhead(stream, ahead=2 * training.host_batch_contexts)
     batches = MixedBatches(
         cached or host,
         contexts,
-        saes,
+        {slot: saes[slot] for slot in slots},
         total_tokens=training.steps * training.batch_tokens,
         batch_tokens=training.batch_tokens,
         buffer_tokens=training.buffer_tokens,
@@ -88,39 +190,57 @@ def train_saes(
         special=special,
         norm_limit=_norm_limit(training.max_norm_multiple, moments),
         layer_sampling=training.layer_sampling,
-        layer_weights=training.weights_of(layer for group in groups for layer in group),
+        layer_weights=training.weights_of({layer for entry in entries for layer in entry.layers}),
         seed=training.seed,
     )
-    learners = {name: Learner(sae, training) for name, sae in saes.items()}
+    learners = {
+        name: Learner(saes[name], same[0].config.training) for name, same in trained.items()
+    }
     checkpoints = Checkpoints(directory / "checkpoints", key, training.checkpoints_kept)
     with contexts, open_tracker(training.tracker, directory, checkpoints.step(), config) as log:
 
         def log_by_every_name(record: Record) -> None:
-            for name in aliases[record["sae"]]:
-                log(record | {"sae": name})
+            for entry in trained[record["sae"]]:
+                log(record | {"sae": entry.name})
 
-        train(learners, batches, training, checkpoints=checkpoints, log=log_by_every_name)
+        train(
+            learners,
+            batches,
+            training,
+            checkpoints=checkpoints,
+            log=log_by_every_name,
+            slots=slots,
+        )
     for learner in learners.values():
         learner.finish()
     shutil.rmtree(directory / "saes", ignore_errors=True)  # of another partition, where one was
-    for own, sae in saes.items():
-        for name in aliases[own]:
-            sae.save(directory / "saes" / name)
+    for name, same in trained.items():
+        for entry in same:
+            saes[name].save(directory / "saes" / entry.name)
     return {
-        "saes": [name for own in aliases.values() for name in own],
+        "saes": [entry.name for same in trained.values() for entry in same],
         "steps": training.steps,
         "tokens_per_sae": training.steps * training.batch_tokens,
         "tokens_kept": batches.excluded.kept,
         "excluded_special_tokens": batches.excluded.special,
         "excluded_long_tokens": batches.excluded.long,
+        **text_read(contexts),
     }
 
 
-def new_sae(layers: Sequence[int], moments: Moments, config: Config) -> SAE:
-    """An untrained SAE for these layers. Its weights depend on them and on the seed alone."""
+def new_sae(
+    layers: Sequence[int], moments: Moments, config: Config, start: Start | None = None
+) -> SAE:
+    """An untrained SAE for these layers. Its weights depend on them and on the seed alone.
+
+    Args:
+        start: A trained run, from which it is taken instead.
+    """
     asked = config.sae
-    mean, scale = affine(moments, layers, asked.affine)
     shape = sae_config(config, layers, moments.mean.shape[1])
+    if start is not None:
+        return start.sae(shape, asked.affine)
+    mean, scale = affine(moments, layers, asked.affine)
     seed = zlib.crc32(f"{config.training.seed} {directory_name(layers)}".encode())
     return SAE(shape, mean=mean, scale=scale, generator=torch.Generator().manual_seed(seed))
 
@@ -182,6 +302,29 @@ def _names(groups: Sequence[Sequence[int]], *, baseline: bool) -> dict[tuple[int
         for layer in sorted(layer for group in groups for layer in group):
             names.setdefault((layer,), []).append(f"baseline/{directory_name([layer])}")
     return names
+
+
+def _check_entries(entries: Sequence[Entry], config: Config) -> None:
+    twice = [name for name, n in Counter(entry.name for entry in entries).items() if n > 1]
+    if twice:
+        raise InputError(f"entries: {', '.join(twice)}: given twice; name each SAE differently")
+    shared = config.training.model_dump(exclude=set(OWN))
+    for entry in entries:
+        for name, value in entry.config.training.model_dump(exclude=set(OWN)).items():
+            if value != shared[name]:
+                raise InputError(
+                    f"training.{name}: {value!r} for {entry.name}, but all SAEs of one forward "
+                    f"share {shared[name]!r}; train it by itself"
+                )
+
+
+def _slots(saes: Mapping[str, SAE]) -> dict[str, list[str]]:
+    """The SAEs that see identical batches, by the first of them."""
+    slots: dict[Hashable, list[str]] = {}
+    for name, sae in saes.items():
+        fixed = sae.mean.flatten().tolist(), sae.scale.tolist()
+        slots.setdefault((sae.layers, *map(tuple, fixed)), []).append(name)
+    return {names[0]: names for names in slots.values()}
 
 
 def _norm_limit(multiple: float | None, moments: Moments) -> NormLimit | None:

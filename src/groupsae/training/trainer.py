@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from groupsae.config import TrainingConfig
 from groupsae.host.tokens import EndOfText
@@ -23,14 +26,18 @@ def train(
     *,
     checkpoints: Checkpoints,
     log: Callable[[Record], None],
+    slots: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Train every SAE for `config.steps` steps, from the newest checkpoint if there is one.
 
     Args:
-        learners: By SAE name; the same names as in `batches`.
+        learners: By SAE name.
         log: Takes one record per SAE every `config.log_every` steps and at the end: step, tokens,
             sae, seconds, and the means since the last one.
+        slots: The SAEs that learn from each of the mixed batches, by its name in `batches`; by
+            default each from the one of its own name.
     """
+    slots = slots or {name: [name] for name in learners}
     start, seconds_before = checkpoints.restore(learners, batches)
     began = time.monotonic() - seconds_before
     total = config.steps * config.batch_tokens
@@ -42,8 +49,8 @@ def train(
             except EndOfText:
                 checkpoints.save(step - 1, time.monotonic() - began, learners, batches)
                 raise
-            for name in tuple(mixed):  # a batch is released as soon as it is learnt from
-                learners[name].step(*mixed.pop(name))
+            for slot in tuple(mixed):  # a batch is released as soon as all have learnt from it
+                _learn([learners[name] for name in slots[slot]], *mixed.pop(slot))
 
             note = ""
             if step % config.log_every == 0 or step == config.steps:
@@ -62,3 +69,10 @@ def train(
             if step % config.checkpoint_every == 0 and step < config.steps:
                 batches.check_finite()
                 checkpoints.save(step, time.monotonic() - began, learners, batches)
+
+
+def _learn(
+    learners: Iterable[Learner], x: Float[Tensor, "row d_model"], members: Int[Tensor, " row"]
+) -> None:
+    for learner in learners:
+        learner.step(x, members)

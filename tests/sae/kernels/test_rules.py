@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from groupsae.errors import InputError
 from groupsae.sae.kernels import StepResult, cpu, reference, selection, sparse
 from tests.sae.kernels.cases import AFFINES, RULES, random_batch, random_members, sae_with
 
@@ -107,3 +108,29 @@ def test_a_token_that_takes_the_whole_batchs_latents(step):
     largest = z.flatten().topk(4 * 40).values
     torch.testing.assert_close(result.cuts, largest[-1].expand(3))
     assert float(result.l0) == pytest.approx(float((z >= largest[-1]).sum()) / 40)
+
+
+@pytest.mark.parametrize("step", [reference.step, sparse.step, cpu.step])
+@pytest.mark.parametrize(
+    ("rule", "affine"),
+    [
+        *[("topk", "bias"), ("topk", "gain"), ("relu", "bias"), ("gated", "bias")],
+        *[("batchtopk by layer", "none"), ("jumprelu by layer", "none")],
+    ],
+)
+def test_tokens_of_unknown_layers_are_refused_where_it_matters(rule, affine, step):
+    with pytest.raises(InputError, match="treats its member layers differently: say which"):
+        step(sae_with(rule, affine), random_batch(8, 12))
+
+
+@pytest.mark.parametrize("rule", ["batchtopk by layer", "jumprelu by layer"])
+def test_a_batch_without_one_of_the_layers(rule):
+    sae, members = sae_with(rule), torch.tensor([0, 2] * 10)
+    x = random_batch(20, 12)
+    result = sparse.step(sae, x, members=members, sparsity_weight=0.3)
+    assert_same(result, reference.step(sae, x, members=members, sparsity_weight=0.3), 1e-4, 1e-5)
+    assert all(gradient.isfinite().all() for gradient in result.gradients.values())
+    if rule == "batchtopk by layer":
+        assert result.cuts.isfinite().tolist() == [True, False, True]
+    else:
+        assert not result.gradients["log_threshold"][1].any()

@@ -15,7 +15,7 @@ is dense there is `reference`'s. "extras" are learned vectors of each member lay
 | topk | sparse | compiled, without extras | compiled, without extras |
 | batchtopk | sparse | compiled, without extras | as torch |
 | matryoshka | sparse | as torch | as torch |
-| jumprelu, relu | sparse once fewer than d_sae / 8 latents are active on every token | as torch | as torch |
+| jumprelu, relu | sparse once at most d_sae / 8 latents are active on every token | compiled then, without extras | as torch |
 | gated | dense | as torch | as torch |
 """  # noqa: E501
 

@@ -1,4 +1,4 @@
-// The sparse parts of a TopK training step on the CPU: see cpu.py, which builds and calls this.
+// The sparse parts of a training step on the CPU: see cpu.py, which builds and calls this.
 //
 // A C interface on raw pointers: neither Python's nor PyTorch's headers are needed. All matrices
 // are float32, contiguous, a row a token or a latent. Loops are plain C++ that compilers vectorise.
@@ -579,6 +579,38 @@ void groupsae_select(Size threads, const float* pre_activations, Size tokens, Si
     }
 }
 
+// Of each token every pre-activation above its latent's floor: counts[t] of them, in the latents'
+// order, into row t of `values` and `indices` [token, most]. Where there are more than `most`, the
+// first are given and counts[t] is their number all the same. `floors` has a row for each member
+// layer, members[t] says which is the token's; all tokens share the first where it is null.
+void groupsae_select_above(Size threads, const float* pre_activations, Size tokens, Size d_sae,
+                           const float* floors, const Size* members, Size most, float* values,
+                           int32_t* indices, int32_t* counts) {
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
+    for (Size t = 0; t < tokens; ++t) {
+        const float* scores = row(pre_activations, t, d_sae);
+        const float* floor = row(floors, members == nullptr ? 0 : members[t], d_sae);
+        float* found = row(values, t, most);
+        int32_t* latents = indices + t * most;
+        Size count = 0;
+        for (Size start = 0; start < d_sae; start += kLanes) {
+            const Size end = std::min(start + kLanes, d_sae);
+            bool any = false;
+            for (Size j = start; j < end; ++j) any |= scores[j] > floor[j];
+            if (!any) continue;
+            for (Size j = start; j < end; ++j) {
+                if (!(scores[j] > floor[j])) continue;
+                if (count < most) {
+                    found[count] = scores[j];
+                    latents[count] = static_cast<int32_t>(j);
+                }
+                ++count;
+            }
+        }
+        counts[t] = static_cast<int32_t>(count);
+    }
+}
+
 // From 8-bit products [token, d_sae] every latent that may be among a token's k largest, by the
 // error bound of its score: counts[t] of them, into row t of `candidates` [token, most], the k
 // likeliest first; and the largest score each can have, into `limits`. Where there are more than
@@ -662,11 +694,11 @@ void groupsae_rescore(Size threads, int32_t* candidates, const float* limits, co
 }
 
 // error = sum of the active decoder rows + bias - target, its squares' sum for each token, and
-// products[t, i] = error[t] . W_dec[indices[t, i]] (0 where the latent is not active). `bias` may
-// be null.
+// products[t, i] = error[t] . W_dec[indices[t, i]]: of the first counts[t] entries, or, where
+// `counts` is null, of those that are active; else 0. `bias` may be null.
 void groupsae_decode(Size threads, const float* values, const int32_t* indices, const float* W_dec,
-                     const float* bias, const float* target, Size tokens, Size k, Size d_model,
-                     float* error, float* squares, float* products) {
+                     const int32_t* counts, const float* bias, const float* target, Size tokens,
+                     Size k, Size d_model, float* error, float* squares, float* products) {
 #pragma omp parallel num_threads(static_cast<int>(threads))
     {
         std::vector<const float*> rows(k);
@@ -675,9 +707,10 @@ void groupsae_decode(Size threads, const float* values, const int32_t* indices, 
 #pragma omp for schedule(static)
         for (Size t = 0; t < tokens; ++t) {
             Size active = 0;
+            const Size end = t * k + (counts == nullptr ? k : counts[t]);
             for (Size i = t * k; i < (t + 1) * k; ++i) {
                 products[i] = 0;
-                if (values[i] == 0) continue;
+                if (i >= end || (counts == nullptr && values[i] == 0)) continue;
                 rows[active] = row(W_dec, indices[i], d_model);
                 weights[active] = values[i];
                 places[active++] = i;

@@ -48,7 +48,13 @@ from groupsae.products import linear
 from groupsae.sae.autoencoder import SAE
 from groupsae.sae.kernels import sparse
 from groupsae.sae.kernels.reference import StepResult, auxk_size
-from groupsae.sae.kernels.selection import Chosen, cut_to_batch
+from groupsae.sae.kernels.selection import (
+    Chosen,
+    Found,
+    above_thresholds,
+    cut_to_batch,
+    most_found,
+)
 from groupsae.sae.kernels.update import is_clipped
 from groupsae.sae.kernels.update import update as plain_update
 from groupsae.sae.sparsity import Latents
@@ -62,6 +68,7 @@ _FLAGS = (
 )
 _BUILD_SECONDS = 300
 _CHUNK_BYTES = 16 * 2**20  # of pre-activations, as in `sparse`
+_COMPILED = ("topk", "batchtopk", "jumprelu", "relu")
 _MOST_ENTRIES = 2**31 - 1  # of [token, k]: the kernels count them in 32 bits
 
 
@@ -82,30 +89,30 @@ def step(
 ) -> StepResult:
     """Loss and gradients of an SAE on a mixed batch: see :func:`reference.step`.
 
-    Compiled for topk and batchtopk in float32 on the CPU. What else there is, and batches whose
-    variance is no positive number, go to :func:`sparse.step`. Equal bits for equal input and number
-    of threads.
+    Compiled for topk, batchtopk, jumprelu and relu in float32 on the CPU. What else there is, and
+    batches whose variance is no positive number, go to :func:`sparse.step`. Equal bits for equal
+    input and number of threads.
     """
+    plain = functools.partial(
+        sparse.step,
+        sae,
+        x,
+        members=members,
+        dead=dead,
+        auxk_weight=auxk_weight,
+        sparsity_weight=sparsity_weight,
+    )
     variance = (x - x.mean(0)).square_().sum()
     if not (_fits(sae, x) and 0 < float(variance) < float("inf")):
-        return sparse.step(
-            sae,
-            x,
-            members=members,
-            dead=dead,
-            auxk_weight=auxk_weight,
-            sparsity_weight=sparsity_weight,
-        )
-    x, d_sae, k = x.contiguous(), sae.config.d_sae, sae.config.k
+        return plain()
+    x, d_sae = x.contiguous(), sae.config.d_sae
     inputs = x - sae.b_dec
-    assert k is not None
 
-    if sae.config.architecture == "topk":
-        chosen = Chosen(encode(inputs, sae.W_enc, sae.b_enc, k))
-    else:
-        chosen = cut_to_batch(sae, members, lambda most: encode(inputs, sae.W_enc, sae.b_enc, most))
+    chosen = _choose_latents(sae, inputs, members)
+    if chosen is None:
+        return plain()
     latents = chosen.latents
-    decoded = _decode(latents, sae.W_dec, sae.b_dec, x)
+    decoded = _decode(latents, sae.W_dec, sae.b_dec, x, chosen.counts)
     pattern = _transpose(latents, d_sae)
     scale = 2 / float(variance)
     gradients = {
@@ -114,6 +121,15 @@ def step(
         "W_dec": torch.empty_like(sae.W_dec),
         "b_dec": decoded.error.sum(0) * scale,
     }
+    penalty = x.new_zeros(())
+    if chosen.near is not None:
+        at_values = decoded.products * scale
+        penalty, gradients["log_threshold"] = sparse.at_thresholds(
+            sae, chosen, at_values, members, sparsity_weight
+        )
+    if sae.config.architecture == "relu":
+        penalty = latents.values.sum(1).mean()
+        decoded.products.add_(sparsity_weight / (len(x) * scale))
     _weight_gradients(latents, pattern, decoded, inputs, scale, gradients)
     auxk = x.new_zeros(())
     if dead is not None and bool(dead.any()):
@@ -124,10 +140,10 @@ def step(
     fvu = decoded.squares.sum() / variance
     return StepResult(
         gradients=gradients,
-        loss=fvu + auxk_weight * auxk,
+        loss=fvu + auxk_weight * auxk + sparsity_weight * penalty,
         fvu=fvu,
         auxk=auxk,
-        penalty=x.new_zeros(()),
+        penalty=penalty,
         l0=latents.l0().mean(),
         fired=pattern.offsets.diff() > 0,
         cuts=chosen.cuts,
@@ -167,7 +183,7 @@ def update(
             state["exp_avg_sq"] = torch.zeros_like(weights)
         state["step"] += 1
         step, group = float(state["step"]), settings[weights]
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = map(float, group["betas"])
         # fmt: off
         _call(
             "adam", gradients[name], weights.numel() // weights.shape[-1], weights.shape[-1],
@@ -324,11 +340,51 @@ def _is_exact(
     return torch.equal(products[:, sample].long(), exact)
 
 
+def _choose_latents(
+    sae: SAE, inputs: Float32[Tensor, "token d_model"], members: Int[Tensor, " token"] | None
+) -> Chosen | None:
+    """As :func:`groupsae.sae.kernels.selection.choose_latents`."""
+    encoded = functools.partial(encode, inputs, sae.W_enc, sae.b_enc)
+    if sae.config.architecture == "topk":
+        assert sae.config.k is not None
+        return Chosen(encoded(sae.config.k))
+    if sae.config.architecture == "batchtopk":
+        return cut_to_batch(sae, members, encoded)
+    return above_thresholds(sae, members, functools.partial(_find_above, sae, inputs))
+
+
+def _find_above(
+    sae: SAE,
+    inputs: Float32[Tensor, "token d_model"],
+    floors: Float32[Tensor, "row d_sae"],
+    own: Int[Tensor, " token"] | None,
+) -> Found | None:
+    """Through the float32 product: how many latents are active is not known beforehand."""
+    tokens, d_sae, most = len(inputs), sae.config.d_sae, most_found(sae)
+    values = torch.full((tokens, most), -torch.inf)
+    indices = torch.zeros(tokens, most, dtype=torch.int32)
+    counts = torch.empty(tokens, dtype=torch.int32)
+    rows = _chunk_rows(tokens, 4 * d_sae)
+    for start in range(0, tokens, rows):
+        chunk = slice(start, start + rows)
+        pre_activations = linear(inputs[chunk], sae.W_enc, sae.b_enc)
+        # fmt: off
+        _call(
+            "select_above", pre_activations, len(pre_activations), d_sae, floors,
+            None if own is None else own[chunk], most, values[chunk], indices[chunk], counts[chunk],
+        )
+        # fmt: on
+        if int(counts[chunk].max()) > most:
+            return None
+    width = max(int(counts.max()), 1)
+    return Found(values[:, :width].contiguous(), indices[:, :width].contiguous(), counts)
+
+
 @dataclass(frozen=True)
 class _Decoded:
     error: Float32[Tensor, "token d_model"]  # reconstruction less target
     squares: Float32[Tensor, " token"]  # the error's sum of squares
-    products: Float32[Tensor, "token k"]  # error . W_dec[latent] for each active latent
+    products: Float32[Tensor, "token k"]  # error . W_dec[latent]
 
 
 def _decode(
@@ -336,14 +392,16 @@ def _decode(
     W_dec: Float32[Tensor, "latent d_model"],
     bias: Float32[Tensor, " d_model"] | None,
     target: Float32[Tensor, "token d_model"],
+    counts: Int32[Tensor, " token"] | None = None,
 ) -> _Decoded:
+    """With products of the first `counts` entries of each token, or of the active ones."""
     (tokens, k), d_model = latents.values.shape, W_dec.shape[1]
     result = _Decoded(
         torch.empty_like(target), target.new_empty(tokens), torch.empty_like(latents.values)
     )
     # fmt: off
     _call(
-        "decode", latents.values, latents.indices, W_dec.contiguous(), bias, target,
+        "decode", latents.values, latents.indices, W_dec.contiguous(), counts, bias, target,
         tokens, k, d_model, result.error, result.squares, result.products,
     )
     # fmt: on
@@ -421,7 +479,7 @@ def _add_auxk(
 
 def _fits(sae: SAE, x: Tensor) -> bool:
     config = sae.config
-    if config.architecture not in ("topk", "batchtopk") or config.learned_affine != "none":
+    if config.architecture not in _COMPILED or config.learned_affine != "none":
         return False
     most = config.k if config.architecture == "topk" else config.d_sae
     entries = len(x) * max(most or 0, config.d_model)

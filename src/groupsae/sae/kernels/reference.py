@@ -131,7 +131,7 @@ def _activate(
 ) -> tuple[Float[Tensor, "token d_sae"], Float[Tensor, ""], Float[Tensor, " member"] | None]:
     """Activations in training, the penalty for them, and the batch's cuts where there are any."""
     config, n_members = sae.config, len(sae.layers)
-    own = members if config.per_layer_threshold else None
+    own = sae.sharing(members)
     nothing = products.new_zeros(())
     match config.architecture:
         case "topk":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from functools import partial
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +32,13 @@ class Chosen:
         cuts: As in :class:`StepResult`.
         near: jumprelu: entries whose pre-activation is in the estimators' rectangle about the
             threshold, and these thresholds. They have a place in `latents` whether active or not.
+        counts: jumprelu: how many places of each token hold an active or near entry: the first.
     """
 
     latents: Latents
     cuts: Float[Tensor, " member"] | None = None
     near: tuple[Bool[Tensor, "token k"], Float[Tensor, "token k"]] | None = None
+    counts: Int[Tensor, " token"] | None = None
 
 
 def choose_latents(
@@ -57,7 +60,7 @@ def choose_latents(
         return cut_to_batch(sae, members, largest)
     if config.architecture == "gated":
         return None
-    return _above_thresholds(sae, inputs, members, bias)
+    return above_thresholds(sae, members, partial(_find_above, inputs, sae, bias))
 
 
 def cut_to_batch(
@@ -72,7 +75,7 @@ def cut_to_batch(
         largest: Gives the so many largest of each token.
     """
     config, n_members = sae.config, len(sae.layers)
-    own = members if config.per_layer_threshold else None
+    own = sae.sharing(members)
     assert config.k is not None
     candidates = min(2 * config.k, config.d_sae)
     while True:
@@ -118,38 +121,75 @@ def pre_activations_of(
         yield chunk, pre_activations
 
 
-def _above_thresholds(
+def above_thresholds(
     sae: SAE,
-    inputs: Float[Tensor, "token d_model"],
     members: Int[Tensor, " token"] | None,
-    bias: _MemberBias | None,
+    find: Callable[[Float[Tensor, "row d_sae"], Int[Tensor, " token"] | None], Found | None],
 ) -> Chosen | None:
     """jumprelu and relu: what is above, or within half a bandwidth of, each latent's threshold.
 
-    None once a token has more of that than is worth a sparse step.
+    Args:
+        find: Gives what is above the floors, of which each member layer has a row, or all share
+            one; None where a token has more of that than is worth a sparse step.
     """
-    reach = (sae.config.bandwidth or 0.0) / 2
+    config = sae.config
+    bandwidth = config.bandwidth or 0.0
+    table = torch.zeros_like(sae.b_enc).unsqueeze(0)
+    if config.architecture == "jumprelu":
+        table = sae.log_threshold.exp()
+    own = sae.sharing(members)
+    found = find(table - bandwidth / 2, own)
+    if found is None:
+        return None
+    rows = 0 if own is None else own.unsqueeze(1) * config.d_sae
+    thresholds = table.flatten()[rows + found.indices]
+    active = found.values > thresholds
+    latents = Latents(torch.where(active, found.values, 0.0), found.indices)
+    if config.bandwidth is None:
+        return Chosen(latents)
+    near = kernel(found.values, thresholds, bandwidth) > 0
+    return Chosen(latents, near=(near, thresholds), counts=found.counts)
+
+
+class Found(NamedTuple):
+    """Pre-activations above a floor. Behind the first counts[t] of a token there are none.
+
+    The places there hold minus infinity and any latent.
+    """
+
+    values: Float[Tensor, "token k"]
+    indices: Int[Tensor, "token k"]
+    counts: Int[Tensor, " token"]
+
+
+def _find_above(
+    inputs: Float[Tensor, "token d_model"],
+    sae: SAE,
+    bias: _MemberBias | None,
+    floors: Float[Tensor, "row d_sae"],
+    own: Int[Tensor, " token"] | None,
+) -> Found | None:
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for chunk, pre_activations in pre_activations_of(inputs, sae.W_enc, sae.b_enc, bias):
-        own = None if members is None else members[chunk]
-        threshold = sae.thresholds(own).expand_as(pre_activations)
-        reached = pre_activations > threshold - reach
-        most = max(int(reached.sum(1).max()), 1)
-        if most * _DENSE_BELOW > sae.config.d_sae:
+        floor = floors if own is None else floors[own[chunk]]
+        reached = pre_activations > floor
+        counts = reached.sum(1)
+        most = max(int(counts.max()), 1)
+        if most > most_found(sae):
             return None
-        scores = pre_activations.masked_fill(~reached, -torch.inf)
-        values, indices = torch.topk(scores, most, sorted=False)
-        parts.append((values, indices, threshold.gather(1, indices)))
+        scores = pre_activations.masked_fill_(~reached, -torch.inf)
+        parts.append((*torch.topk(scores, most), counts))
     most = max(values.shape[1] for values, _, _ in parts)
-    values, indices, thresholds = (
+    values, indices = (
         torch.cat([F.pad(part[i], (0, most - part[i].shape[1]), value=empty) for part in parts])
-        for i, empty in enumerate((-torch.inf, 0, 1.0))
+        for i, empty in enumerate((-torch.inf, 0))
     )
-    active = values > thresholds
-    latents = Latents(torch.where(active, values, 0.0), indices)
-    if sae.config.bandwidth is None:
-        return Chosen(latents)
-    return Chosen(latents, near=(kernel(values, thresholds, 2 * reach) > 0, thresholds))
+    return Found(values, indices, torch.cat([counts for _, _, counts in parts]))
+
+
+def most_found(sae: SAE) -> int:
+    """Above how many latents of one token a sparse step is not worth it."""
+    return max(sae.config.d_sae // _DENSE_BELOW, 1)
 
 
 def chunk_rows(b_enc: Float[Tensor, " latent"]) -> int:
@@ -160,7 +200,8 @@ def chunk_rows(b_enc: Float[Tensor, " latent"]) -> int:
 def members_of(
     sae: SAE, members: Int[Tensor, " token"] | None, tokens: int
 ) -> Int[Tensor, " token"]:
-    """Each token's position among the member layers; the first where it was left out."""
+    """Each token's position among the member layers; it may be left out where there is only one."""
     if members is not None:
         return members
+    sae.check_given(members)
     return torch.zeros(tokens, dtype=torch.long, device=sae.b_enc.device)

@@ -75,7 +75,7 @@ def step(
     at_values = decoded.value_gradient(bag_gradient)
     penalty = x.new_zeros(())
     if chosen.near is not None:
-        penalty, gradients["log_threshold"] = _at_thresholds(
+        penalty, gradients["log_threshold"] = at_thresholds(
             sae, chosen, at_values, members, sparsity_weight
         )
     if sae.config.architecture == "relu":
@@ -164,7 +164,7 @@ class _Decoded:
         return torch.autograd.grad(self._parts, self.latents.values, bag_gradient)[0]
 
 
-def _at_thresholds(
+def at_thresholds(
     sae: SAE,
     chosen: Chosen,
     at_values: Float[Tensor, "token k"],
@@ -173,7 +173,7 @@ def _at_thresholds(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "row d_sae"]]:
     """The L0 penalty, and the gradient of the thresholds' logarithms."""
     config, latents, n_members = sae.config, chosen.latents, len(sae.layers)
-    own = members if config.per_layer_threshold else None
+    own = sae.sharing(members)
     l0 = latents.l0().requires_grad_()
     with torch.enable_grad():
         penalty = l0_penalty(l0, config.target_l0, own, n_members)
