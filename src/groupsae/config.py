@@ -172,6 +172,12 @@ class SAEConfig(_Section):
         "and mean; these and a learned bias on the latents; these and a learned gain on every "
         "dimension of input and output",
     )
+    encoder_norm: float | None = Field(
+        None,
+        gt=0,
+        description="norm of the encoder's rows at the start, which have the decoder's directions; "
+        "by default what reconstructs the first batch best (1: the decoder's transpose)",
+    )
     target_l0: float | None = Field(
         None,
         gt=0,
@@ -190,7 +196,10 @@ class SAEConfig(_Section):
         "0.001 (Rajamanoharan et al. 2024)",
     )
     initial_threshold: float | None = Field(
-        None, gt=0, description="jumprelu: where thresholds start; by default 0.001 (the same)"
+        None,
+        gt=0,
+        description="jumprelu: where thresholds start; by default where target_l0 latents are "
+        "active on the first batch, without a target 0.001 (the same)",
     )
     prefix_shares: tuple[float, ...] | None = Field(
         None,
@@ -207,7 +216,7 @@ class SAEConfig(_Section):
         architecture = values.get("architecture", "topk")
         defaults: dict[str, object] = {"k": 32} if architecture in BY_COUNT else {}
         if architecture == "jumprelu":
-            defaults = {"bandwidth": 0.001, "initial_threshold": 0.001}
+            defaults = {"bandwidth": 0.001}
         if architecture == "matryoshka":
             defaults["prefix_shares"] = [1 / 32, 3 / 32, 7 / 32, 15 / 32, 1]
         given = {name: value for name, value in values.items() if value is not None}
@@ -272,8 +281,8 @@ class TrainingConfig(_Section):
     threshold_learning_rate: float | None = Field(
         None,
         gt=0,
-        description="jumprelu: of the logarithms of the thresholds; by default 16 / steps, "
-        "so that they can reach any size within the run",
+        description="jumprelu: of the logarithms of the thresholds; by default 4 / steps, "
+        "so that they can move by a factor of 50 within the run",
     )
     warmup: float | None = Field(
         None,

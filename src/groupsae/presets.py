@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,11 +27,18 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     # arXiv 2410.21508v2 (September 2025): TopK. A batch is what the published scripts' 8 processes
-    # see together for Pythia 160M: 16 contexts each.
+    # see together for Pythia 160M: 16 contexts each. Its encoder starts as torch.nn.Linear does,
+    # whose rows have a norm of 1 / sqrt(3).
     "group-sae-v2": {
         "tokens": {"context_length": 1024},
         "grouping": {"distance_tokens": 10_000_000, "center": True, "threshold": 0.2},
-        "sae": {"architecture": "topk", "k": 128, "expansion": 16, "affine": "scale"},
+        "sae": {
+            "architecture": "topk",
+            "k": 128,
+            "expansion": 16,
+            "affine": "scale",
+            "encoder_norm": 0.577,
+        },
         "training": {
             "tokens": 1_000_000_000,
             "batch_tokens": 131_072,
@@ -62,7 +70,7 @@ def beneath(values: Any) -> Any:
 def described(name: str) -> str:
     """A preset's keys and values in one line."""
     return ", ".join(
-        f"{section}.{key}={list(value) if isinstance(value, tuple) else value}"
+        f"{section}.{key}={value if isinstance(value, str) else json.dumps(value)}"
         for section, keys in PRESETS[name].items()
         for key, value in keys.items()
     )

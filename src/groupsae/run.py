@@ -302,7 +302,11 @@ class Run:
 
         names = read_json(self._stages.need("training.json", "train"), saes=list[str])["saes"]
         root = self.directory / "saes"
-        return {name: SAE.load(root / name, self.host.device) for name in names}
+        saes: dict[str, SAE] = {}
+        for name in sorted(names, key=lambda name: name.startswith("baseline/")):
+            twin = name.removeprefix("baseline/")  # a group of one layer is its own baseline
+            saes[name] = saes[twin] if twin in saes else SAE.load(root / name, self.host.device)
+        return {name: saes[name] for name in names}
 
     def sae(self, layer: int) -> SAE:
         """The SAE of the group that `layer` belongs to."""

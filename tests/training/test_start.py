@@ -246,6 +246,11 @@ def test_baselines_start_from_their_group_and_the_text_goes_on(
 
 def test_a_run_that_was_continued_is_continued_behind_both(groups, settings, tmp_path, monkeypatch):
     second = trained(tmp_path / "second", settings, init_from=str(groups.directory))
+    second.evaluate()
+    evaluation = json.loads((second.directory / "evaluation" / "reconstruction.json").read_text())
+    assert evaluation["equal"] == (
+        "training tokens per SAE (768, after those of training.init_from)"
+    )
     seen = contexts_seen(monkeypatch)
     third = trained(tmp_path / "third", settings, init_from=str(second.directory))
     places = [summary(run)["contexts_read"] for run in (groups, second, third)]
@@ -311,12 +316,9 @@ def test_too_little_text_behind_a_run_is_refused_before_any_work(groups, setting
         groups.corpus.train().next_contexts(10**5)
     every_token = {"tokens": 16 * ended.value.contexts_left}
     Run(tmp_path / "alone", configured(settings, **every_token)).check()
-    run = Run(
-        tmp_path / "run", configured(settings, init_from=str(groups.directory), **every_token)
-    )
-    with pytest.raises(
-        InputError, match=r"training\.tokens=\d+: tokens\.source: the training part"
-    ):
+    behind = configured(settings, init_from=str(groups.directory), **every_token)
+    run = Run(tmp_path / "run", behind)
+    with pytest.raises(InputError, match=r"training\.tokens=\d+: tokens\.source: the training"):
         run.all()
     assert not (run.directory / "distances.json").exists()
 

@@ -90,7 +90,7 @@ def _largest(values: Float[Tensor, "token candidate"], n: int) -> Float[Tensor, 
     flat = values.flatten()
     if not len(flat):
         return values.new_full((), float("inf"))
-    nth = torch.topk(flat, min(n, len(flat)), sorted=False).values.amin()
+    nth = torch.kthvalue(flat, max(len(flat) - n, 0) + 1).values
     return nth.clamp_min(torch.finfo(flat.dtype).tiny)
 
 

@@ -27,8 +27,22 @@ class Learner:
     from the device until :meth:`metrics` is called.
     """
 
-    def __init__(self, sae: SAE, config: TrainingConfig) -> None:
+    def __init__(
+        self,
+        sae: SAE,
+        config: TrainingConfig,
+        *,
+        fit_encoder: bool = False,
+        fit_thresholds: bool = False,
+    ) -> None:
+        """Prepare to train `sae`.
+
+        Args:
+            fit_encoder, fit_thresholds: Begin by fitting them to the first batch: see
+                :meth:`SAE.fit_encoder`, :meth:`SAE.fit_thresholds`.
+        """
         self.sae, self.config = sae, config
+        self._fit_encoder, self._fit_thresholds = fit_encoder, fit_thresholds
         self.recipe = Recipe.of(config, sae.config)
         self._kernel = choose(config.kernel, sae.W_enc.device)
         self._parameters = dict(sae.named_parameters())
@@ -69,6 +83,10 @@ class Learner:
             members: Each token's position among the SAE's member layers.
         """
         recipe = self.recipe
+        if self.steps == 0 and self._fit_encoder:
+            self.sae.fit_encoder(x, members)
+        if self.steps == 0 and self._fit_thresholds:
+            self.sae.fit_thresholds(x, members)
         self.steps += 1
         for group in self._adam.param_groups:
             group["lr"] = group["height"] * recipe.rate_factor(self.steps)

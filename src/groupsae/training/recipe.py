@@ -14,7 +14,7 @@ _BETAS = {"jumprelu": (0.0, 0.999)}  # Rajamanoharan et al. 2024b
 # The L0 penalty's gradient shrinks a thousandfold while L0 falls from half of the latents to its
 # target; with a memory of a thousand steps Adam would measure each step by the first ones.
 _THRESHOLD_BETAS = (0.0, 0.95)
-_TRAVEL = 16.0  # what the logarithm of a threshold can move by in a run; exp(16) is 9 million
+_TRAVEL = 4.0  # what the logarithm of a threshold can move by in a run: a factor of 50
 
 
 @dataclass(frozen=True)

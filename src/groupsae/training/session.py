@@ -194,7 +194,8 @@ def train_entries(
         seed=training.seed,
     )
     learners = {
-        name: Learner(saes[name], same[0].config.training) for name, same in trained.items()
+        name: _learner(saes[name], same[0].config, fresh=start is None)
+        for name, same in trained.items()
     }
     checkpoints = Checkpoints(directory / "checkpoints", key, training.checkpoints_kept)
     with contexts, open_tracker(training.tracker, directory, checkpoints.step(), config) as log:
@@ -242,7 +243,22 @@ def new_sae(
         return start.sae(shape, asked.affine)
     mean, scale = affine(moments, layers, asked.affine)
     seed = zlib.crc32(f"{config.training.seed} {directory_name(layers)}".encode())
-    return SAE(shape, mean=mean, scale=scale, generator=torch.Generator().manual_seed(seed))
+    sae = SAE(shape, mean=mean, scale=scale, generator=torch.Generator().manual_seed(seed))
+    if asked.encoder_norm is not None:
+        with torch.no_grad():
+            sae.W_enc.mul_(asked.encoder_norm)
+    return sae
+
+
+def _learner(sae: SAE, config: Config, *, fresh: bool) -> Learner:
+    """Fits what a fresh SAE was not told to start with."""
+    asked = config.sae
+    return Learner(
+        sae,
+        config.training,
+        fit_encoder=fresh and asked.encoder_norm is None,
+        fit_thresholds=fresh and asked.initial_threshold is None and asked.target_l0 is not None,
+    )
 
 
 def sae_config(config: Config, layers: Sequence[int], d_model: int) -> SAEConfig:
@@ -255,6 +271,7 @@ def sae_config(config: Config, layers: Sequence[int], d_model: int) -> SAEConfig
     prefixes = None
     if asked.prefix_shares is not None:
         prefixes = tuple(sorted({max(round(share * d_sae), 1) for share in asked.prefix_shares}))
+    jumprelu = asked.architecture == "jumprelu"
     return SAEConfig(
         d_model=d_model,
         d_sae=d_sae,
@@ -264,7 +281,7 @@ def sae_config(config: Config, layers: Sequence[int], d_model: int) -> SAEConfig
         prefixes=prefixes,
         target_l0=asked.target_l0,
         bandwidth=asked.bandwidth,
-        initial_threshold=asked.initial_threshold,
+        initial_threshold=(asked.initial_threshold or 0.001) if jumprelu else None,
         per_layer_threshold=asked.per_layer_threshold,
         learned_affine=asked.affine if asked.affine in ("bias", "gain") else "none",
     )

@@ -134,3 +134,14 @@ def test_a_batch_without_one_of_the_layers(rule):
         assert result.cuts.isfinite().tolist() == [True, False, True]
     else:
         assert not result.gradients["log_threshold"][1].any()
+
+
+@pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("rule", ["batchtopk", "batchtopk by layer"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.05, 1.3])
+def test_whatever_the_cuts_of_batches_before(rule, share):
+    """The compiled step looks above these first, and elsewhere where this batch's lies lower."""
+    sae, members, x = sae_with(rule), random_members(64), random_batch(64, 12)
+    expected = reference.step(sae, x, members=members)
+    sae.threshold.copy_(share * expected.cuts)
+    assert_same(cpu.step(sae, x, members=members), expected, 2e-4, 1e-5)

@@ -52,6 +52,7 @@ from groupsae.sae.kernels.selection import (
     Chosen,
     Found,
     above_thresholds,
+    at_cuts,
     cut_to_batch,
     most_found,
 )
@@ -68,6 +69,7 @@ _FLAGS = (
 )
 _BUILD_SECONDS = 300
 _CHUNK_BYTES = 16 * 2**20  # of pre-activations, as in `sparse`
+_LESS = 0.9  # than the last cut: the next is seldom lower
 _COMPILED = ("topk", "batchtopk", "jumprelu", "relu")
 _MOST_ENTRIES = 2**31 - 1  # of [token, k]: the kernels count them in 32 bits
 
@@ -349,8 +351,23 @@ def _choose_latents(
         assert sae.config.k is not None
         return Chosen(encoded(sae.config.k))
     if sae.config.architecture == "batchtopk":
-        return cut_to_batch(sae, members, encoded)
+        return _near_last_cut(sae, inputs, members) or cut_to_batch(sae, members, encoded)
     return above_thresholds(sae, members, functools.partial(_find_above, sae, inputs))
+
+
+def _near_last_cut(
+    sae: SAE, inputs: Float32[Tensor, "token d_model"], members: Int[Tensor, " token"] | None
+) -> Chosen | None:
+    """batchtopk: from all that is above somewhat less than the cuts of the batches before.
+
+    None where this batch's cut lies lower, so that what is active was not all found.
+    """
+    floor = _LESS * sae.threshold.min()
+    found = _find_above(sae, inputs, floor.expand(1, sae.config.d_sae).contiguous(), None)
+    if found is None:
+        return None
+    chosen, cut = at_cuts(sae, members, Latents(found.values.relu_(), found.indices))
+    return chosen if bool((cut > floor).all()) else None
 
 
 def _find_above(

@@ -74,19 +74,29 @@ def cut_to_batch(
     Args:
         largest: Gives the so many largest of each token.
     """
-    config, n_members = sae.config, len(sae.layers)
-    own = sae.sharing(members)
+    config = sae.config
     assert config.k is not None
     candidates = min(2 * config.k, config.d_sae)
     while True:
         latents = largest(candidates)
-        cuts = batch_cut(latents.values, config.k, own, n_members)
-        cut = cuts if own is None else cuts[own].unsqueeze(1)
-        if candidates == config.d_sae or bool((latents.values.amin(1, keepdim=True) < cut).all()):
-            break
+        chosen, cuts = at_cuts(sae, members, latents)
+        last = latents.values.amin(1, keepdim=True)
+        if candidates == config.d_sae or bool((last < cuts).all()):
+            return chosen
         candidates = min(2 * candidates, config.d_sae)
-    kept = Latents(latents.values * (latents.values >= cut), latents.indices)
-    return Chosen(kept, cuts.expand(n_members))
+
+
+def at_cuts(
+    sae: SAE, members: Int[Tensor, " token"] | None, candidates: Latents
+) -> tuple[Chosen, Float[Tensor, "cut 1"]]:
+    """Those of the candidates that are at or above their batch's cut, and each token's cut."""
+    config, n_members = sae.config, len(sae.layers)
+    own = sae.sharing(members)
+    assert config.k is not None
+    cuts = batch_cut(candidates.values, config.k, own, n_members)
+    cut = (cuts if own is None else cuts[own]).unsqueeze(1)
+    kept = Latents(candidates.values * (candidates.values >= cut), candidates.indices)
+    return Chosen(kept, cuts.expand(n_members)), cut
 
 
 def encode(
