@@ -78,9 +78,12 @@ class Row:
         return self.found[0].library
 
     @property
+    def own(self) -> bool:
+        return self.found[0].settings == "own"
+
+    @property
     def label(self) -> str:
-        own = ", own defaults" if self.found[0].settings == "own" else ""
-        return f"{self.library}{own}"
+        return f"{self.library}, own defaults" if self.own else self.library
 
     def values(self, name: str, forward: str = "inference") -> list[float]:
         """One figure, of each seed that gave a result."""
@@ -120,19 +123,27 @@ def tables(quality: Quality) -> list[Table]:
 
 
 def verdict(of: Sequence[Row]) -> str:
-    """Ours beside the best peer, and the spread of seeds: the wider range of the two."""
-    ours = [row for row in of if row.library == OURS and row.compared]
-    peers = [row for row in of if row.library != OURS and row.compared]
-    if not ours or not peers:
+    """Ours beside the best peer at equal settings, and the spread of seeds: the wider range."""
+    compared = [row for row in of if row.compared]
+    ours = [row for row in compared if row.library == OURS]
+    peers = [row for row in compared if row.library != OURS]
+    equal = [row for row in peers if not row.own]
+    if not ours or not equal:
         return "nothing to compare"
-    best = max(peers, key=lambda row: fmean(row.compared))
-    difference = fmean(ours[0].compared) - fmean(best.compared)
-    spread = max(max(r.compared) - min(r.compared) for r in (ours[0], best))
+    own = [row for row in peers if row.own]
+    best = [max(rows, key=lambda row: fmean(row.compared)) for rows in (equal, own) if rows]
+    return "; ".join(_beside(ours[0], peer) for peer in best)
+
+
+def _beside(ours: Row, peer: Row) -> str:
+    difference = fmean(ours.compared) - fmean(peer.compared)
+    line = f"groupsae less the best peer ({peer.label}): {difference:+.4f}"
+    ranges = [max(r.compared) - min(r.compared) for r in (ours, peer) if len(r.compared) > 1]
+    if not ranges:
+        return f"{line}, one seed each"
+    spread = max(ranges)
     word = "worse" if difference < -spread else "better" if difference > spread else "as good"
-    return (
-        f"groupsae less the best peer ({best.label}): {difference:+.4f}; spread of seeds "
-        f"{spread:.4f}: {word}"
-    )
+    return f"{line}, spread of seeds {spread:.4f}: {word}"
 
 
 def _cells(row: Row) -> list[str]:

@@ -12,8 +12,7 @@ from benchmarks.drivers.quality import Forward, Trial, main
 from groupsae.config import Config
 from groupsae.sae import SAE
 from groupsae.sae.sparsity import batch_cut
-from groupsae.training.learner import Learner
-from groupsae.training.session import sae_config
+from groupsae.training.session import new_learner, sae_config
 
 _BY_BATCH = ("batchtopk", "matryoshka")
 
@@ -23,7 +22,7 @@ def train(trial: Trial) -> Mapping[str, Forward]:
     config = config_of(trial)
     start = torch.Generator().manual_seed(trial.seed)
     sae = SAE(sae_config(config, (0,), trial.d_model), generator=start)
-    learner = Learner(sae, config.training)
+    learner = new_learner(sae, config, fresh=True)
     for x in trial.batches():
         learner.step(x)
     learner.finish()

@@ -58,4 +58,5 @@ def main(
     print(write_summary(path, figures or out))
 
 
-app()
+if __name__ == "__main__":
+    app()

@@ -9,6 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.quality.plan import AFFINES, MAIN, SAMPLINGS
+from groupsae.grouping.prediction import predict
 
 METRICS = {"r2": "R^2", "ce_loss_score": "CELS"}
 Row = Mapping[str, Any]
@@ -92,6 +93,7 @@ def write_summary(path: Path, figures: Path) -> str:
             f"### {study.content['model']}",
             *(table(study, setting) for setting in study.settings),
             by_layer(study),
+            predictions(study),
             controls(study),
             stability(study),
         ]
@@ -139,6 +141,26 @@ def by_layer(study: Study) -> str:
             lines.append(cells)
     head = ["layer", "group", "R^2 alone", "R^2 in group", "CELS alone", "CELS in group"]
     return f"**{MAIN}**, layer by layer at the chosen G = {len(groups)}\n\n" + _markdown(
+        head, lines
+    )
+
+
+def predictions(study: Study) -> str:
+    """What the law fitted on the published Pythia tables says, and what was measured here."""
+    lines = []
+    for G in sorted(map(int, study.content["partitions"]["linkage"]["by_groups"])):
+        row = study.partition("linkage", G)
+        found = predict(row["diameters"], [len(group) for group in row["groups"]])
+        cells = [str(G), f"{row['amad']:.3f}"]
+        for metric, loss in (
+            ("explained_variance", found.explained_variance),
+            ("ce_loss_score", found.ce_loss_score),
+        ):
+            cells.append(_figure(study.losses(MAIN, row["groups"], metric)))
+            cells.append(f"{loss.mean:.4f} ({loss.low:.4f} to {loss.high:.4f})")
+        lines.append(cells)
+    head = ["G", "AMAD", "EV lost", "predicted", "CELS lost", "predicted"]
+    return f"**{MAIN}**, measured and predicted from the published Pythia runs\n\n" + _markdown(
         head, lines
     )
 

@@ -12,7 +12,7 @@ from benchmarks.drivers.common import Task
 from benchmarks.rounds import launch
 from benchmarks.workload import SHAPES, prepare
 from groupsae.sae import SAE, SAEConfig
-from groupsae.sae.kernels import cpu, sparse, triton
+from groupsae.sae.kernels import cpu, selection, triton
 from groupsae.training import memory
 
 DRIVERS = sorted(Path(benchmarks.drivers.__path__[0]).glob("[!_]*.py"))
@@ -47,7 +47,7 @@ def test_a_driver_imports_no_more_than_its_own_library(path):
 
 
 def test_chunks_are_the_kernels():
-    kernels = {"torch": sparse, "cpu": cpu, "triton": triton}
+    kernels = {"torch": selection, "cpu": cpu, "triton": triton}
     sizes = {name: kernel._CHUNK_BYTES for name, kernel in kernels.items()}
     assert memory._CHUNK_BYTES == sizes  # by which the driver accounts for one chunk
 

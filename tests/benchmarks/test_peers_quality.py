@@ -135,6 +135,20 @@ def test_the_verdict_weighs_the_difference_against_the_seeds(peer, word):
     assert line.endswith(word)
 
 
+def test_own_defaults_are_weighed_apart_from_equal_settings():
+    peers = [found("sae-lens", 0.7), found("sparsify", 0.9, settings="own")]
+    equal, own = verdict(rows_of([*OURS, *peers], "topk")).split("; ")
+    assert "(sae-lens): +0.1100" in equal
+    assert equal.endswith("better")
+    assert "(sparsify, own defaults): -0.0900" in own
+    assert own.endswith("worse")
+
+
+def test_one_seed_each_has_no_spread():
+    line = verdict(rows_of([OURS[0], found("sae-lens", 0.7)], "topk"))
+    assert line.endswith("+0.1000, one seed each")
+
+
 def test_rules_by_batch_are_compared_at_k_latents():
     ours = found("groupsae", 0.7, rule="batchtopk", batch=0.8)
     peer = found("sae-lens", 0.9, rule="batchtopk", batch=0.75)

@@ -194,7 +194,7 @@ def train_entries(
         seed=training.seed,
     )
     learners = {
-        name: _learner(saes[name], same[0].config, fresh=start is None)
+        name: new_learner(saes[name], same[0].config, fresh=start is None)
         for name, same in trained.items()
     }
     checkpoints = Checkpoints(directory / "checkpoints", key, training.checkpoints_kept)
@@ -250,7 +250,7 @@ def new_sae(
     return sae
 
 
-def _learner(sae: SAE, config: Config, *, fresh: bool) -> Learner:
+def new_learner(sae: SAE, config: Config, *, fresh: bool) -> Learner:
     """Fits what a fresh SAE was not told to start with."""
     asked = config.sae
     return Learner(
