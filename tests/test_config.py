@@ -152,7 +152,7 @@ def test_every_architecture_s_defaults_are_resolved_and_survive_the_way_through_
     assert sae.k == (32 if architecture in BY_COUNT else None)
     assert sae.target_l0 == (32 if architecture == "jumprelu" else None)
     assert (sae.bandwidth is not None) == (architecture == "jumprelu")
-    assert (sae.initial_threshold is not None) == (architecture == "jumprelu")
+    assert sae.initial_threshold is None
     assert (sae.prefix_shares is not None) == (architecture == "matryoshka")
     assert Config.parse(yaml.safe_load(config.dump())) == config
 

@@ -59,7 +59,6 @@ def test_v1_is_the_paper_s_recipe():
         "sae.k": None,
         "sae.target_l0": 32,
         "sae.bandwidth": 0.001,
-        "sae.initial_threshold": 0.001,
         "sae.expansion": 8,
         "sae.affine": "scale",
         "training.tokens": 1_000_000_000,

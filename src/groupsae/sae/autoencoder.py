@@ -24,7 +24,7 @@ from groupsae.sae.sparsity import Latents, batch_cut, positive, topk
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae.safetensors"
 
-_ENOUGH = 1024  # rows to fit one number to
+_ENOUGH = 256  # rows to fit one number to
 
 Members: TypeAlias = int | Int[Tensor, "*token"] | None
 
