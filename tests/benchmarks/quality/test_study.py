@@ -112,7 +112,7 @@ def test_the_whole_study_on_a_tiny_scale(tmp_path: Path):
     arguments = [
         *("--out", str(tmp_path), "--seeds", "1", "--rules", "jumprelu-32"),
         *("--distance-tokens", "1000", "--held-out-tokens", "500"),
-        *("grouping.layers=[0,1,2]", "sae.expansion=1", *BASE),
+        *("grouping.layers=[0,1]", "sae.expansion=1", *BASE, "training.tokens=1024"),
     ]
     first = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert first.exit_code == 0
