@@ -33,6 +33,6 @@ def check_option(name: str, value: object, architecture: str) -> None:
     """
     if value and architecture not in _BELONGS[name]:
         raise InputError(
-            f"{name}: {value} does not go with sae.architecture={architecture}; it belongs to "
-            f"{', '.join(_BELONGS[name])}"
+            f"{name}: {value} does not go with sae.architecture={architecture}; leave it out: it "
+            f"belongs to {', '.join(_BELONGS[name])}"
         )
