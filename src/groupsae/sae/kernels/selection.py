@@ -111,6 +111,7 @@ def encode(
     indices = torch.empty(len(inputs), k, dtype=torch.long, device=inputs.device)
     for chunk, pre_activations in pre_activations_of(inputs, W_enc, b_enc, bias):
         torch.topk(pre_activations, k, sorted=False, out=(values[chunk], indices[chunk]))
+        del pre_activations  # one chunk is held at a time
     return Latents(values.relu_(), indices)
 
 
@@ -129,6 +130,7 @@ def pre_activations_of(
             members, of_member = bias
             pre_activations += of_member[members[chunk]]
         yield chunk, pre_activations
+        del pre_activations
 
 
 def above_thresholds(
@@ -187,8 +189,10 @@ def _find_above(
         most = max(int(counts.max()), 1)
         if most > most_found(sae):
             return None
-        scores = pre_activations.masked_fill_(~reached, -torch.inf)
-        parts.append((*torch.topk(scores, most), counts))
+        parts.append(
+            (*torch.topk(pre_activations.masked_fill_(~reached, -torch.inf), most), counts)
+        )
+        del pre_activations, reached
     most = max(values.shape[1] for values, _, _ in parts)
     values, indices = (
         torch.cat([F.pad(part[i], (0, most - part[i].shape[1]), value=empty) for part in parts])
