@@ -256,7 +256,9 @@ def test_a_training_s_peak_is_little_more_than_what_must_be_held(kernel, tmp_pat
 
     peaks = []
     for attempt in range(5):
-        peak, held = peak_and_held(tmp_path / str(attempt))
+        directory = tmp_path / str(attempt)
+        directory.mkdir()
+        peak, held = peak_and_held(directory)
         assert peak > held
         peaks.append(peak / held)
         if peaks[-1] < 1.3:
