@@ -108,11 +108,13 @@ def test_losses_are_differences_seed_by_seed():
     assert "| bias | 0.0700 ± 0.0047 | 0.0000 ± 0.0000 |" in controls(study)
 
 
-def test_the_whole_study_on_a_tiny_scale(tmp_path: Path):
+def test_the_whole_study_on_a_tiny_scale(tmp_path: Path, tiny_config: list[str]):
+    left_out = ("grouping.groups", "grouping.distance_tokens", "sae.k", "evaluation")
+    tiny = [override for override in tiny_config if not override.startswith(left_out)]
     arguments = [
         *("--out", str(tmp_path), "--seeds", "1", "--rules", "jumprelu-32"),
-        *("--distance-tokens", "1000", "--held-out-tokens", "500"),
-        *("grouping.layers=[0,1]", "sae.expansion=1", *BASE, "training.tokens=1024"),
+        *("--distance-tokens", "2000", "--held-out-tokens", "500", *tiny),
+        "training.tokens=1024",
     ]
     first = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert first.exit_code == 0
