@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.drivers.quality import Forward, Trial, main
+from groupsae.architectures import BY_BATCH, BY_COUNT
 from groupsae.config import Config
 from groupsae.sae import SAE
 from groupsae.sae.sparsity import batch_cut
 from groupsae.training.session import new_learner, sae_config
-
-_BY_BATCH = ("batchtopk", "matryoshka")
 
 
 def train(trial: Trial) -> Mapping[str, Forward]:
@@ -36,13 +35,13 @@ def train(trial: Trial) -> Mapping[str, Forward]:
         z = z * (z >= batch_cut(z, trial.k))
         return sae.outputs(z @ sae.W_dec), z
 
-    return {"inference": inference} | ({"batch": batch} if trial.rule in _BY_BATCH else {})
+    return {"inference": inference} | ({"batch": batch} if trial.rule in BY_BATCH else {})
 
 
 def config_of(trial: Trial) -> Config:
     """The defaults, but for sizes, seed and what the trial weighs sparsity with."""
     sae: dict[str, Any] = {"architecture": trial.rule, "d_sae": trial.d_sae}
-    if trial.rule in ("topk", *_BY_BATCH):
+    if trial.rule in BY_COUNT:
         sae["k"] = trial.k
     if trial.rule == "jumprelu":
         sae["target_l0"] = trial.k

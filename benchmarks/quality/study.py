@@ -95,6 +95,7 @@ def _carry_out(
 ) -> list[dict[str, Any]]:
     """Train and judge one session's SAEs; one row for each SAE and member layer."""
     special = run.host.special_token_ids
+    config = Config.load(None, session.overrides)
     trained = directory / "training.json"
     if not trained.exists():
         directory.mkdir(parents=True, exist_ok=True)
@@ -103,7 +104,7 @@ def _carry_out(
             run.corpus.train(),
             load_moments(run.directory / "moments.safetensors"),
             session.entries,
-            Config.load(None, session.overrides),
+            config,
             directory=directory,
             key=key,
             special=special,
@@ -133,7 +134,7 @@ def _carry_out(
                 "group": list(entry.layers),
                 "layer": row["layer"],
                 "d_sae": entry.config.sae.width(run.host.d_model),
-                "tokens": Config.load(None, session.overrides).training.tokens,
+                "tokens": config.training.tokens,
                 **{key: row[key] for key in KEPT},
             }
         )

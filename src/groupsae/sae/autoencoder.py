@@ -211,9 +211,7 @@ class SAE(nn.Module):
             members: Position among the member layers, of all tokens or of each. It may be left out
                 where nothing depends on it.
         """
-        products = F.linear(self.inputs(x, members), self.W_enc)
-        if self.config.learned_affine == "bias":
-            products = products + self.of_member(self.latent_bias, members)
+        products = self.products(x, members)
         pre_activations = products + self.b_enc
         if self.config.architecture == "gated":
             magnitudes = torch.relu(self.r_mag.exp() * products + self.b_enc)
@@ -247,6 +245,15 @@ class SAE(nn.Module):
         if self.config.learned_affine == "gain":
             x = x * self.of_member(self.gain_in, members)
         return x - self.b_dec
+
+    def products(
+        self, x: Float[Tensor, "*token d_model"], members: Members = None
+    ) -> Float[Tensor, "*token d_sae"]:
+        """The encoder's product and its layer's bias, for normalised residual streams."""
+        products = F.linear(self.inputs(x, members), self.W_enc)
+        if self.config.learned_affine == "bias":
+            products = products + self.of_member(self.latent_bias, members)
+        return products
 
     def outputs(
         self, rows: Float[Tensor, "*token d_model"], members: Members = None

@@ -104,8 +104,10 @@ def step(
         auxk_weight=auxk_weight,
         sparsity_weight=sparsity_weight,
     )
+    if not _fits(sae, x):
+        return plain()
     variance = (x - x.mean(0)).square_().sum()
-    if not (_fits(sae, x) and 0 < float(variance) < float("inf")):
+    if not 0 < float(variance) < float("inf"):
         return plain()
     x, d_sae = x.contiguous(), sae.config.d_sae
     inputs = x - sae.b_dec

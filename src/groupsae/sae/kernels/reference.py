@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -81,9 +80,7 @@ def step(
     parameters = dict(sae.named_parameters())
     with torch.enable_grad():
         variance = (x - x.mean(0)).square().sum()
-        products = F.linear(sae.inputs(x, members), sae.W_enc)
-        if sae.config.learned_affine == "bias":
-            products = products + sae.of_member(sae.latent_bias, members)
+        products = sae.products(x, members)
         pre_activations = products + sae.b_enc
         z, penalty, cuts = _activate(sae, products, pre_activations, members)
 
