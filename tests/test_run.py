@@ -458,3 +458,60 @@ def test_a_finished_run_writes_nothing(copy, monkeypatch):
 
     monkeypatch.setattr("groupsae.directory.write_text", read_only)
     Run(copy).all()
+
+
+@pytest.fixture(scope="module")
+def every_partition(module_config, tmp_path_factory) -> Run:
+    """A run with SAEs for every number of groups, and a second one of each layer."""
+    config = changed(module_config, training={"also_groups": "all", "twins": True})
+    run = Run(tmp_path_factory.mktemp("runs") / "every", config)
+    run.distances()
+    run.groups()
+    run.train()
+    return run
+
+
+def test_every_partition_can_be_trained_at_once(every_partition):
+    subjects = every_partition.subjects()
+    assert [subject.name for subject in subjects] == ["G=2", "G=1", "G=3", "baseline"]
+    for subject in subjects:
+        assert list(subject.saes) == [0, 1, 2]
+        assert all(layer in sae.layers for layer, sae in subject.saes.items())
+    assert subjects[2].saes == subjects[3].saes  # one SAE each, as group and as baseline
+    assert set(every_partition.saes()) >= {"layers-00-02", "baseline/layers-01", "twin/layers-01"}
+
+
+def test_every_partition_is_judged(every_partition):
+    rows = every_partition.evaluate()
+    found = [(row["partition"], row["groups_total"], row["layer"]) for row in rows]
+    wanted = [("groups", G, layer) for G in (2, 1, 3) for layer in range(3)]
+    assert found == wanted + [("baseline", 3, layer) for layer in range(3)]
+
+
+def test_twins_are_of_another_seed_and_have_the_same_scales(every_partition):
+    saes = every_partition.saes()
+    for layer in range(3):
+        one, other = (saes[f"{folder}/layers-{layer:02d}"] for folder in ("baseline", "twin"))
+        assert torch.equal(one.mean, other.mean)
+        assert torch.equal(one.scale, other.scale)
+        assert (one.W_dec @ other.W_dec.T).diagonal().abs().mean() < 0.9
+
+
+def test_a_number_of_groups_that_cannot_be_is_refused(copy, module_config):
+    config = changed(module_config, training={"also_groups": [1, 7]})
+    with pytest.raises(InputError, match=r"training\.also_groups: .* 7 groups; known are 1, 2, 3"):
+        Run(copy, config, redo=True).train()
+
+
+def test_evaluating_again_leaves_what_does_not_rest_on_it(copy, module_config):
+    stages = json.loads((copy / "stages.json").read_text())
+    run = Run(copy)
+    key = run._stages.key("circuits")
+    (copy / "stages.json").write_text(json.dumps(stages | {"circuits": {"key": key}}))
+    config = changed(module_config, evaluation={"tokens": 900})
+    run = Run(copy, config, redo=True)
+    assert run._stages.key("circuits") == key
+    run.evaluate()
+    done = json.loads((copy / "stages.json").read_text())
+    assert "circuits" in done
+    assert "report" not in done

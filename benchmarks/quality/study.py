@@ -14,7 +14,8 @@ from benchmarks.quality.plan import Session, sessions
 from groupsae.config import Config
 from groupsae.directory import read_json, write_json
 from groupsae.errors import InputError
-from groupsae.evaluation.reconstruction import Subject, evaluate_reconstruction
+from groupsae.evaluation.reconstruction import evaluate_reconstruction
+from groupsae.evaluation.subject import Subject
 from groupsae.grouping.matrix import Distances
 from groupsae.grouping.partition import amad, diameters
 from groupsae.grouping.table import PartitionTable, group_layers
@@ -111,10 +112,8 @@ def _carry_out(
         )
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
         write_json(trained, summary)
-    subjects = [
-        Subject("groups", SAE.load(directory / "saes" / entry.name, run.host.device))
-        for entry in session.entries
-    ]
+    saes = [SAE.load(directory / "saes" / e.name, run.host.device) for e in session.entries]
+    subjects = [Subject("groups", dict.fromkeys(sae.layers, sae)) for sae in saes]
     found = evaluate_reconstruction(
         run.host,
         run.corpus.held_out(),

@@ -303,7 +303,10 @@ def _predicted_losses(prediction: Prediction | None) -> list[str]:
 
 
 def _show_evaluation(rows: list[dict[str, Any]]) -> None:
-    """Group and baseline side by side, layer by layer, with their means."""
+    """Groups and baseline side by side, layer by layer, with their means.
+
+    Of several partitions into groups the first is shown, the chosen one, and the others' means.
+    """
     columns = {"CELS": "ce_loss_score", "R²": "r2", "L2": "l2", "L0": "l0"}
     labels = {"groups": "group", "baseline": "layer"}  # one SAE per ...
     partitions = [name for name in labels if name in {row["partition"] for row in rows}]
@@ -313,7 +316,9 @@ def _show_evaluation(rows: list[dict[str, Any]]) -> None:
     for column in columns:
         for partition in partitions:
             table.add_column(f"{column}\n{labels[partition]}", justify="right")
-    found = {(row["layer"], row["partition"]): row for row in rows}
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    for row in rows:
+        found.setdefault((row["layer"], row["partition"]), row)
     layers = sorted({row["layer"] for row in rows})
     wanted = [(key, partition) for key in columns.values() for partition in partitions]
     for layer in layers:
@@ -324,6 +329,20 @@ def _show_evaluation(rows: list[dict[str, Any]]) -> None:
         for key, partition in wanted
     )
     table.add_row("mean", *means, style="bold")
+    _print(table)
+    if len({row["groups_total"] for row in rows if row["partition"] == "groups"}) > 1:
+        _show_means_by_groups(rows, columns)
+
+
+def _show_means_by_groups(rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
+    table = Table(title="Means over layers, by number of SAEs")
+    for title in ("partition", *columns):
+        table.add_column(title, justify="left" if title == "partition" else "right")
+    for partition, G in sorted({(row["partition"], row["groups_total"]) for row in rows})[::-1]:
+        own = [row for row in rows if (row["partition"], row["groups_total"]) == (partition, G)]
+        means = (sum(row[key] for row in own) / len(own) for key in columns.values())
+        label = "one per layer" if partition == "baseline" else f"G = {G}"
+        table.add_row(label, *map(_number, means))
     _print(table)
 
 

@@ -262,6 +262,16 @@ class TrainingConfig(_Section):
     baseline: bool = Field(
         True, description="also train one SAE per layer, on the same tokens, to compare with"
     )
+    also_groups: Literal["all"] | tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        (),
+        description="numbers of groups whose SAEs are trained and judged beside those of the "
+        "chosen one, or all: linkage's partitions are nested and have most of their SAEs in common",
+    )
+    twins: bool = Field(
+        False,
+        description="also train a second SAE per layer, from another seed: how alike two SAEs of "
+        "one layer are, beside which `groupsae similarity` sets a group's",
+    )
     init_from: str | None = Field(
         None,
         description="directory of a trained run of the same host model with SAEs of the same size "
@@ -429,6 +439,44 @@ class EvaluationConfig(_Section):
     )
 
 
+class CircuitsConfig(_Section):
+    """How `groupsae circuits` finds and judges the latents that carry a task."""
+
+    tasks: tuple[str, ...] = Field(
+        ("ioi", "greater_than", "subject_verb"),
+        description="built-in tasks, or NAME=FILE.jsonl with clean_prefix, patch_prefix, "
+        "clean_answer and patch_answer in every line",
+        min_length=1,
+    )
+    examples: Count = Field(
+        1024,
+        description="prompt pairs of each task; effects and means come from the first half, scores "
+        "from the second",
+    )
+    methods: tuple[Literal["attribution", "integrated_gradients"], ...] = Field(
+        ("attribution", "integrated_gradients"),
+        description="how a latent's indirect effect is estimated",
+        min_length=1,
+    )
+    steps: Count = Field(10, description="points of the integrated gradients (paper: 10)")
+    points: Annotated[int, Field(ge=2)] = Field(
+        16, description="sizes of a circuit between 4 latents per layer and the largest"
+    )
+    controls: bool = Field(
+        True, description="also judge latents drawn at random, and those of an untrained SAE"
+    )
+    batch_tokens: Count = Field(4096, description="tokens of one forward; bounds the memory")
+    seed: int = Field(0, ge=0, lt=2**32, description="order of examples, halves and controls")
+
+
+class SimilarityConfig(_Section):
+    """How `groupsae similarity` compares a group's SAE with its layers' own."""
+
+    tokens: Count = Field(
+        100_000, description="held-out tokens on which firing is compared (paper: 1M)"
+    )
+
+
 class ReportConfig(_Section):
     """The page and the figures."""
 
@@ -451,6 +499,8 @@ class Config(_Section):
     sae: SAEConfig = SAEConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    circuits: CircuitsConfig = CircuitsConfig()
+    similarity: SimilarityConfig = SimilarityConfig()
     report: ReportConfig = ReportConfig()
     provenance: dict[str, Any] | None = Field(
         None, description="written by groupsae into a run's config.yaml; not an input"

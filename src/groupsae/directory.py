@@ -22,7 +22,17 @@ from groupsae.files import write_text
 
 log = logging.getLogger(__name__)
 
-STAGES = ("distances", "groups", "train", "evaluate", "report")
+# Each stage, and the one whose artefacts it works on.
+_WORKS_ON = {
+    "distances": None,
+    "groups": "distances",
+    "train": "groups",
+    "evaluate": "train",
+    "circuits": "train",
+    "similarity": "train",
+    "report": "evaluate",  # and shows what else there is
+}
+STAGES = tuple(_WORKS_ON)
 
 # What each stage depends on, besides the stages before it: whole sections or single keys.
 _DEPENDS = {
@@ -37,6 +47,8 @@ _DEPENDS = {
     "groups": ("grouping", "sae.expansion", "sae.d_sae"),
     "train": ("sae", "training"),
     "evaluate": ("evaluation",),
+    "circuits": ("circuits",),
+    "similarity": ("similarity",),
     "report": ("report",),
 }
 # Keys that change how a stage is carried out, but not what comes out.
@@ -49,6 +61,7 @@ _IRRELEVANT = (
     "training.checkpoint_every",
     "training.checkpoints_kept",
     "training.tracker",
+    "circuits.batch_tokens",
 )
 # Keys that change what comes out only where there is an activation cache.
 _OF_A_CACHE = ("training.activation_cache", "training.cache_dtype", "training.cache_shuffle")
@@ -83,9 +96,9 @@ class RunDirectory:
             log.info("%s: already done", stage)
             yield False
             return
-        before = STAGES[: STAGES.index(stage)]
         found = self._done()
-        done = {name: entry for name, entry in found.items() if name in before}
+        stale = {name for name in STAGES if stage in _chain(name)} | {"report"}
+        done = {name: entry for name, entry in found.items() if name not in stale}
         if done != found:  # this stage and what follows from it are about to change
             write_json(self.path / "stages.json", done)
         began = time.monotonic()
@@ -109,7 +122,7 @@ class RunDirectory:
         """
         content = {
             path: value
-            for earlier in STAGES[: STAGES.index(stage) + 1]
+            for earlier in _chain(stage)
             for path, value in _relevant(config or self.config, self._start).items()
             if any(path == on or path.startswith(on + ".") for on in _DEPENDS[earlier])
         }
@@ -261,6 +274,12 @@ def read_json(path: Path, **kinds: Any) -> dict[str, Any]:
 def write_json(path: Path, content: Any) -> None:
     """Write an artefact, whole or not at all."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def _chain(stage: str) -> list[str]:
+    """The stage, and those before it that it depends on."""
+    earlier = _WORKS_ON[stage]
+    return [*([] if earlier is None else _chain(earlier)), stage]
 
 
 def _stages(directory: Path) -> dict[str, Any]:

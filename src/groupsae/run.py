@@ -18,6 +18,7 @@ from groupsae.directory import RunDirectory, read_json, stored_config, write_jso
 from groupsae.errors import InputError
 
 if TYPE_CHECKING:
+    from groupsae.evaluation.subject import Subject
     from groupsae.grouping.cost import CostModel
     from groupsae.grouping.distance import Moments
     from groupsae.grouping.matrix import Distances
@@ -114,14 +115,15 @@ class Run:
             if todo:
                 from groupsae.training.session import train_saes
 
-                partition = self._partition()
-                cached = self._cached(partition.layers)
-                self._note_precision(partition.layers)
+                partitions = self.partitions()
+                layers = partitions[0].layers
+                cached = self._cached(layers)
+                self._note_precision(layers)
                 summary = train_saes(
                     self.host,
                     self.corpus.train(),
-                    self._moments(partition.layers),
-                    partition.groups,
+                    self._moments(layers),
+                    list(dict.fromkeys(group for each in partitions for group in each.groups)),
                     self.config,
                     directory=self.directory,
                     key=self._stages.key("train"),
@@ -169,7 +171,7 @@ class Run:
         path = self.directory / "evaluation" / "reconstruction.json"
         with self._stages.stage("evaluate", path) as todo:
             if todo:
-                from groupsae.evaluation.reconstruction import Subject, evaluate_reconstruction
+                from groupsae.evaluation.reconstruction import evaluate_reconstruction
 
                 training = read_json(
                     self._stages.need("training.json", "train"), tokens_per_sae=int
@@ -177,7 +179,7 @@ class Run:
                 result = evaluate_reconstruction(
                     self.host,
                     self.corpus.held_out(),
-                    [Subject(_partition_of(name), sae) for name, sae in self.saes().items()],
+                    self.subjects(),
                     tokens=self.config.evaluation.tokens,
                     batch_contexts=self.config.evaluation.batch_contexts,
                     special=self._special,
@@ -296,16 +298,55 @@ class Run:
                 write_json(path, grouped(distances, self.config, cost).to_json())
         return PartitionTable.from_json(read_json(path))
 
+    def partitions(self) -> list[Partition]:
+        """The partitions that SAEs are trained for: the chosen one, then `training.also_groups`.
+
+        Raises:
+            InputError: If there is none of a number of groups that is asked for.
+        """
+        from groupsae.grouping.table import PartitionTable
+
+        table = read_json(self._stages.need("partition.json", "groups"))
+        partitions = PartitionTable.from_json(table)
+        asked = self.config.training.also_groups
+        known = {G: row.partition for G, row in partitions.by_groups.items()}
+        for G in () if asked == "all" else asked:
+            if G not in known:
+                raise InputError(
+                    f"training.also_groups: there is no partition into {G} groups; known are "
+                    f"{', '.join(map(str, sorted(known)))}"
+                )
+        others = sorted(set(known if asked == "all" else asked) - {partitions.chosen})
+        return [known[G] for G in (partitions.chosen, *others)]
+
+    def subjects(self) -> list[Subject]:
+        """The trained SAEs by partition: the chosen one, the others, the baseline, all by layer."""
+        from groupsae.evaluation.subject import Subject
+        from groupsae.sae import directory_name
+
+        saes = self.saes()
+        found = []
+        for partition in self.partitions():
+            own = {group: saes[directory_name(group)] for group in partition.groups}
+            by_layer = {layer: sae for group, sae in own.items() for layer in group}
+            found.append(Subject("groups", by_layer))
+        baseline = self._of_each_layer(saes, "baseline")
+        return found + ([Subject("baseline", baseline)] if baseline else [])
+
     def saes(self) -> dict[str, SAE]:
-        """All trained SAEs by name: `layers-03-06` for groups, `baseline/layers-03` for layers."""
+        """All trained SAEs by name.
+
+        `layers-03-06` for groups, `baseline/layers-03` for layers, `twin/layers-03` for those of
+        another seed.
+        """
         from groupsae.sae import SAE
 
         names = read_json(self._stages.need("training.json", "train"), saes=list[str])["saes"]
         root = self.directory / "saes"
         saes: dict[str, SAE] = {}
         for name in sorted(names, key=lambda name: name.startswith("baseline/")):
-            twin = name.removeprefix("baseline/")  # a group of one layer is its own baseline
-            saes[name] = saes[twin] if twin in saes else SAE.load(root / name, self.host.device)
+            group = name.removeprefix("baseline/")  # a group of one layer is its own baseline
+            saes[name] = saes[group] if group in saes else SAE.load(root / name, self.host.device)
         return {name: saes[name] for name in names}
 
     def sae(self, layer: int) -> SAE:
@@ -374,10 +415,12 @@ class Run:
 
     def _partition(self) -> Partition:
         """The groups that were chosen."""
-        from groupsae.grouping.table import PartitionTable
+        return self.partitions()[0]
 
-        table = read_json(self._stages.need("partition.json", "groups"))
-        return PartitionTable.from_json(table).partition
+    def _of_each_layer(self, saes: Mapping[str, SAE], folder: str) -> dict[int, SAE]:
+        """Those of one layer each that lie in a folder, by layer."""
+        found = {sae.layers[0]: sae for name, sae in saes.items() if name.startswith(f"{folder}/")}
+        return dict(sorted(found.items()))
 
     def _cached(self, layers: Sequence[int]) -> CachedActivations | None:
         """The activation cache that the config names, if it can be trained from."""
@@ -421,7 +464,7 @@ class Run:
             return
         groups: list[tuple[int, ...]] = [(layer,) for layer in self.layers]
         if self._stages.is_done("groups"):
-            groups += self._partition().groups
+            groups += [group for each in self.partitions() for group in each.groups]
         elif self.config.grouping.partition is not None:
             known = chosen_beforehand(self.config, self.layers)
             groups += [] if known is None else known.partition.groups
@@ -595,10 +638,6 @@ def cost_model(config: Config, n_layers: int, d_model: int) -> CostModel:
         context_length=config.tokens.context_length,
         d_sae=config.sae.width(d_model),
     )
-
-
-def _partition_of(name: str) -> str:
-    return "baseline" if name.startswith("baseline/") else "groups"
 
 
 def _require(stream: TokenStream, tokens: int, key: str) -> None:

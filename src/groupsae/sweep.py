@@ -13,7 +13,8 @@ import yaml
 
 from groupsae.config import Config, keys
 from groupsae.errors import InputError
-from groupsae.evaluation.reconstruction import Subject, evaluate_reconstruction
+from groupsae.evaluation.reconstruction import evaluate_reconstruction
+from groupsae.evaluation.subject import Subject
 from groupsae.files import replacing
 from groupsae.host.model import HostModel
 from groupsae.host.tokens import TokenStream
@@ -118,28 +119,25 @@ def judge(
         What :func:`evaluate_reconstruction` does, with the member and its overrides in each row,
         and the means over layers.
     """
-    subjects: dict[str, Subject] = {}
+    loaded: dict[str, SAE] = {}
     for same in distinct(entries(members, groups)):
         sae = SAE.load(saes / same[0].name, host.device)  # once: it is judged once
-        for entry in same:
-            subjects[entry.name] = Subject(_partition_of(entry.name), sae)
+        loaded |= {entry.name: sae for entry in same}
+    subjects = [
+        (member, subject) for member in members for subject in _subjects(member, groups, loaded)
+    ]
     config = members[0].config
-    ordered = [entry.name for entry in entries(members, groups)]
     result = evaluate_reconstruction(
         host,
         stream,
-        [subjects[name] for name in ordered],
+        [subject for _, subject in subjects],
         tokens=config.evaluation.tokens,
         batch_contexts=config.evaluation.batch_contexts,
         special=special,
     )
-    member_of = {member.name: member for member in members}
-    owners = [
-        member_of[name.partition("/")[0]] for name in ordered for _ in subjects[name].sae.layers
-    ]
+    owners = [member for member, subject in subjects for _ in subject.saes]
     rows = [
         {"member": owner.name, "overrides": owner.overrides, **row}
-        | {"groups_total": row["groups_total"] // len(members)}
         for owner, row in zip(owners, result["rows"], strict=True)
     ]
     return result | {
@@ -216,8 +214,14 @@ def _at(values: Mapping[str, Any], path: str) -> Any:
     return values[section][key]
 
 
-def _partition_of(name: str) -> str:
-    return "baseline" if "/baseline/" in name else "groups"
+def _subjects(
+    member: Member, groups: Sequence[Sequence[int]], saes: Mapping[str, SAE]
+) -> Iterator[Subject]:
+    names = {entry.layers: entry.name for entry in entries([member], groups)}
+    yield Subject("groups", {layer: saes[names[tuple(g)]] for g in groups for layer in g})
+    if member.config.training.baseline:
+        layers = sorted(layer for group in groups for layer in group)
+        yield Subject("baseline", {layer: saes[names[layer,]] for layer in layers})
 
 
 def _means(

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from groupsae.errors import InputError
-from groupsae.evaluation.reconstruction import DEFINITIONS, Subject, evaluate_reconstruction
+from groupsae.evaluation.reconstruction import DEFINITIONS, evaluate_reconstruction
+from groupsae.evaluation.subject import Subject
 from groupsae.sae import SAE, SAEConfig
 
 TOKENS = 48 * 16
@@ -28,6 +29,10 @@ def perfect_sae(layers) -> SAE:
         sae.W_enc.copy_(torch.cat([torch.eye(32), -torch.eye(32)]))
         sae.W_dec.copy_(sae.W_enc)
     return sae
+
+
+def subject(partition, *saes):
+    return Subject(partition, {layer: sae for sae in saes for layer in sae.layers})
 
 
 def evaluate(host, corpus, *subjects, **changes):
@@ -112,7 +117,7 @@ def plainly_spliced(host, corpus, sae, layer, batch_contexts=10):
 
 def test_going_on_from_a_layer_is_splicing_there(host, corpus):
     saes = [make_sae((0, 1), seed=1), make_sae((2,), seed=2), make_sae((1,), seed=3)]
-    rows = evaluate(host, corpus, *(Subject("groups", sae) for sae in saes))["rows"]
+    rows = evaluate(host, corpus, *(subject("groups", sae) for sae in saes))["rows"]
     expected = [plainly_spliced(host, corpus, sae, layer) for sae in saes for layer in sae.layers]
     assert len(rows) == len(expected) == 4
     for row, plain in zip(rows, expected, strict=True):
@@ -121,7 +126,7 @@ def test_going_on_from_a_layer_is_splicing_there(host, corpus):
 
 
 def test_no_block_below_the_layer_is_computed_for_a_splice(host, corpus, monkeypatch):
-    subjects = [Subject("groups", make_sae((layer,), seed=layer)) for layer in (1, 1, 2)]
+    subjects = [subject("groups", make_sae((layer,), seed=layer)) for layer in (1, 1, 2)]
     evaluate(host, corpus, *subjects)  # the first splices try whether blocks can be skipped
     calls = [0] * 3
     for layer, block in enumerate(host.blocks):
@@ -141,7 +146,7 @@ def test_no_block_below_the_layer_is_computed_for_a_splice(host, corpus, monkeyp
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_metrics_are_those_of_their_definitions(host, corpus, layer, special):
     sae = make_sae((layer,))
-    row = evaluate(host, corpus, Subject("groups", sae), special=special)["rows"][0]
+    row = evaluate(host, corpus, subject("groups", sae), special=special)["rows"][0]
     ids = corpus.held_out().next_contexts(TOKENS // 16)
     mask = ids != 0 if special else torch.ones_like(ids, dtype=torch.bool)
     for name, value in reference(host, sae, layer, ids, mask).items():
@@ -150,7 +155,7 @@ def test_metrics_are_those_of_their_definitions(host, corpus, layer, special):
 
 def test_explained_variance_is_the_mean_of_the_ratio_per_token(host, corpus):
     sae = make_sae((1,))
-    row = evaluate(host, corpus, Subject("groups", sae), batch_contexts=48)["rows"][0]
+    row = evaluate(host, corpus, subject("groups", sae), batch_contexts=48)["rows"][0]
     ids = corpus.held_out().next_contexts(TOKENS // 16)
     x = host.residual_streams(ids, [1])[1][ids != 0].double()
     with torch.no_grad():
@@ -160,7 +165,7 @@ def test_explained_variance_is_the_mean_of_the_ratio_per_token(host, corpus):
 
 
 def test_a_perfect_sae_loses_nothing(host, corpus):
-    rows = evaluate(host, corpus, Subject("groups", perfect_sae((0, 1, 2))))["rows"]
+    rows = evaluate(host, corpus, subject("groups", perfect_sae((0, 1, 2))))["rows"]
     assert [row["layer"] for row in rows] == [0, 1, 2]
     for row in rows:
         assert row["ce_loss_score"] == pytest.approx(1, abs=1e-4)
@@ -170,7 +175,7 @@ def test_a_perfect_sae_loses_nothing(host, corpus):
 
 def test_a_group_is_judged_at_every_member_and_baselines_beside_it(host, corpus):
     group, zero, one = make_sae((0, 1)), make_sae((0,)), make_sae((1,))
-    subjects = (Subject("groups", group), Subject("baseline", zero), Subject("baseline", one))
+    subjects = (subject("groups", group), subject("baseline", zero, one))
     rows = evaluate(host, corpus, *subjects)["rows"]
     assert [(row["partition"], row["layer"], row["group"]) for row in rows] == [
         ("groups", 0, [0, 1]),
@@ -185,14 +190,14 @@ def test_a_group_is_judged_at_every_member_and_baselines_beside_it(host, corpus)
 
 def test_the_same_sae_as_group_or_baseline_gets_the_same_row(host, corpus):
     rows = evaluate(
-        host, corpus, Subject("groups", make_sae((1,))), Subject("baseline", make_sae((1,)))
+        host, corpus, subject("groups", make_sae((1,))), subject("baseline", make_sae((1,)))
     )["rows"]
     assert {**rows[0], "partition": ""} == {**rows[1], "partition": ""}
 
 
 def test_an_sae_under_two_partitions_is_computed_once(host, corpus, monkeypatch):
     shared, other = make_sae((1,)), make_sae((0, 1), seed=1)
-    subjects = [Subject("groups", shared), Subject("groups", other), Subject("baseline", shared)]
+    subjects = [subject("groups", shared), subject("groups", other), subject("baseline", shared)]
     encoded = []
     encode = type(shared).encode
     monkeypatch.setattr(
@@ -211,7 +216,7 @@ def test_an_sae_under_two_partitions_is_computed_once(host, corpus, monkeypatch)
         "partition": "",
         "groups_total": 0,
     }
-    alone = evaluate(host, corpus, Subject("groups", other))["rows"]
+    alone = evaluate(host, corpus, subject("groups", other))["rows"]
     for row, by_itself in zip(rows[1:3], alone, strict=True):
         assert row["kl"] == pytest.approx(by_itself["kl"], rel=1e-5)
         assert row["dead_in_group"] == by_itself["dead_in_group"]
@@ -219,7 +224,7 @@ def test_an_sae_under_two_partitions_is_computed_once(host, corpus, monkeypatch)
 
 def test_the_size_of_a_forward_does_not_matter(host, corpus):
     rows = [
-        evaluate(host, corpus, Subject("groups", make_sae((1,))), batch_contexts=n)["rows"][0]
+        evaluate(host, corpus, subject("groups", make_sae((1,))), batch_contexts=n)["rows"][0]
         for n in (7, 48)
     ]
     for name in ("ce_loss_score", "kl", "r2", "l2", "cosine", "l0", "dead"):
@@ -227,7 +232,7 @@ def test_the_size_of_a_forward_does_not_matter(host, corpus):
 
 
 def test_silent_latents_and_density(host, corpus):
-    row = evaluate(host, corpus, Subject("groups", make_sae((0, 1))))["rows"][0]
+    row = evaluate(host, corpus, subject("groups", make_sae((0, 1))))["rows"][0]
     density = row["latent_density"]
     assert density["silent"] == round(row["dead"] * 64) >= 8
     assert sum(density["counts"]) == 64 - density["silent"]
@@ -236,7 +241,7 @@ def test_silent_latents_and_density(host, corpus):
 
 
 def test_what_is_reported_is_defined(host, corpus):
-    result = evaluate(host, corpus, Subject("groups", make_sae((1,))))
+    result = evaluate(host, corpus, subject("groups", make_sae((1,))))
     described = set(result["definitions"]) | {"partition", "groups_total", "group", "layer"}
     assert set(result["rows"][0]) <= described
     assert result["definitions"] == DEFINITIONS
@@ -249,7 +254,7 @@ def test_what_is_reported_is_defined(host, corpus):
 def test_contexts_without_a_prediction_to_judge_are_refused(host, corpus):
     everything = range(96)
     with pytest.raises(InputError, match=r"tokens\.context_length=16"):
-        evaluate(host, corpus, Subject("groups", make_sae((1,))), special=everything)
+        evaluate(host, corpus, subject("groups", make_sae((1,))), special=everything)
 
 
 def test_a_nan_that_only_held_out_text_brings_out_is_refused(host, corpus, monkeypatch):
@@ -260,4 +265,4 @@ def test_a_nan_that_only_held_out_text_brings_out_is_refused(host, corpus, monke
 
     monkeypatch.setattr(type(host), "logits", spoiled)
     with pytest.raises(InputError, match="NaN or infinite cross-entropies on held-out text"):
-        evaluate(host, corpus, Subject("groups", make_sae((0,))))
+        evaluate(host, corpus, subject("groups", make_sae((0,))))

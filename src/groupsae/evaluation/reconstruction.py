@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from groupsae.errors import InputError
+from groupsae.evaluation.subject import Subject
 from groupsae.host.model import HostModel
 from groupsae.host.tokens import TokenStream, special_mask
 from groupsae.progress import progress
@@ -41,14 +41,6 @@ DEFINITIONS = {
 }
 
 DENSITY_EDGES = tuple(-6 + 0.25 * i for i in range(25))
-
-
-@dataclass(frozen=True)
-class Subject:
-    """An SAE under evaluation, and the partition that it belongs to ("groups" or "baseline")."""
-
-    partition: str
-    sae: SAE
 
 
 @torch.no_grad()
@@ -82,11 +74,11 @@ def evaluate_reconstruction(
         InputError: If no prediction is made at a counted position.
         EndOfText: If the text is used up.
     """
-    saes = list(dict.fromkeys(subject.sae for subject in subjects))
-    layers = {
-        layer: _Layer([sae for sae in saes if layer in sae.layers])
-        for layer in sorted({layer for sae in saes for layer in sae.layers})
-    }
+    judged_at: dict[int, dict[SAE, None]] = {}
+    for subject in subjects:
+        for layer, sae in subject.saes.items():
+            judged_at.setdefault(layer, {})[sae] = None
+    layers = {layer: _Layer(judged_at[layer]) for layer in sorted(judged_at)}
     clean = _Mean()
     counted = excluded = 0
     contexts = math.ceil(tokens / stream.context_length)
@@ -122,42 +114,38 @@ def evaluate_reconstruction(
             f"{host.name} gives NaN or infinite cross-entropies on held-out text; try "
             "host.dtype=float32, and check the model's weights"
         )
-    groups_total = {
-        partition: sum(subject.partition == partition for subject in subjects)
-        for partition in ("groups", "baseline")
-    }
-    never_fired = {
-        sae: torch.stack([layers[layer].tallies[sae].counts for layer in sae.layers]).sum(0) == 0
-        for sae in saes
-    }
-    rows = []
-    for subject in subjects:
-        for layer in subject.sae.layers:
-            judged, tally = layers[layer], layers[layer].tallies[subject.sae]
-            ce = {
-                "clean": clean.value,
-                "spliced": tally.cross_entropy.value,
-                "zero": judged.zero.value,
-            }
-            rows.append(
-                {
-                    "partition": subject.partition,
-                    "groups_total": groups_total[subject.partition],
-                    "group": list(subject.sae.layers),
-                    "layer": layer,
-                    "ce_loss_score": (ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["clean"]),
-                    **{f"ce_{name}": value for name, value in ce.items()},
-                    "kl": tally.kl.value,
-                    **tally.summary(judged.variance),
-                    "dead_in_group": float(never_fired[subject.sae].double().mean()),
-                }
-            )
+    rows = [
+        _row(subject, layer, layers, clean.value) for subject in subjects for layer in subject.saes
+    ]
     return {
         "definitions": DEFINITIONS,
         "tokens": counted,
         "predictions": clean.count,
         "excluded_special_tokens": excluded,
         "rows": rows,
+    }
+
+
+def _row(
+    subject: Subject, layer: int, layers: Mapping[int, _Layer], ce_clean: float
+) -> dict[str, Any]:
+    sae = subject.saes[layer]
+    judged, tally = layers[layer], layers[layer].tallies[sae]
+    of_group = [
+        layers[member].tallies[sae] for member in subject.saes if subject.saes[member] is sae
+    ]
+    never_fired = torch.stack([tally.counts for tally in of_group]).sum(0) == 0
+    ce = {"clean": ce_clean, "spliced": tally.cross_entropy.value, "zero": judged.zero.value}
+    return {
+        "partition": subject.partition,
+        "groups_total": subject.groups_total,
+        "group": list(sae.layers),
+        "layer": layer,
+        "ce_loss_score": (ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["clean"]),
+        **{f"ce_{name}": value for name, value in ce.items()},
+        "kl": tally.kl.value,
+        **tally.summary(judged.variance),
+        "dead_in_group": float(never_fired.double().mean()),
     }
 
 

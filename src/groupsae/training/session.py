@@ -34,6 +34,8 @@ from groupsae.training.trainer import Record, train
 
 _log = logging.getLogger(__name__)
 
+BASELINE, TWIN = "baseline", "twin"  # folders below `saes/`
+
 # Keys of `training` in which SAEs of one forward may differ; `seed` as that of the weights.
 OWN = (
     "learning_rate",
@@ -64,14 +66,14 @@ def train_saes(
     special: Iterable[int] = (),
     cached: CachedActivations | None = None,
 ) -> dict[str, Any]:
-    """Train one SAE per group and, if asked, one per layer, and save them.
+    """Train one SAE per group and, if asked, one or two per layer, and save them.
 
     Writes `saes/`, `metrics.jsonl` and, while it trains, `checkpoints/` under `directory`, and
     continues from the newest checkpoint there. Whoever has noted the summary may clear them.
 
     Args:
         moments: Of every member layer; each SAE's scales and means are made from them.
-        groups: Member layers of each group.
+        groups: Member layers of each group, of one partition or of several.
         key: Identifies what is trained; only checkpoints with the same key are continued.
         special: Token ids to leave out.
         cached: Read in place of `stream` and of the host model's forwards.
@@ -83,7 +85,7 @@ def train_saes(
         host,
         stream,
         moments,
-        entries_of(groups, config),
+        entries_of(groups, config) + twins_of(groups, config),
         config,
         directory=directory,
         key=key,
@@ -120,6 +122,16 @@ def entries_of(groups: Sequence[Sequence[int]], config: Config, below: str = "")
     """
     names = _names(groups, baseline=config.training.baseline)
     return [Entry(below + name, layers, config) for layers, own in names.items() for name in own]
+
+
+def twins_of(groups: Sequence[Sequence[int]], config: Config) -> list[Entry]:
+    """If `training.twins` asks, a second SAE per layer, whose weights start from the next seed."""
+    if not config.training.twins:
+        return []
+    training = config.training.model_copy(update={"seed": config.training.seed + 1})
+    own = config.model_copy(update={"training": training})
+    layers = sorted({layer for group in groups for layer in group})
+    return [Entry(f"{TWIN}/{directory_name([layer])}", (layer,), own) for layer in layers]
 
 
 def distinct(entries: Iterable[Entry]) -> list[list[Entry]]:
@@ -316,8 +328,8 @@ def _names(groups: Sequence[Sequence[int]], *, baseline: bool) -> dict[tuple[int
     for group in groups:
         names[tuple(group)] = [directory_name(group)]
     if baseline:
-        for layer in sorted(layer for group in groups for layer in group):
-            names.setdefault((layer,), []).append(f"baseline/{directory_name([layer])}")
+        for layer in sorted({layer for group in groups for layer in group}):
+            names.setdefault((layer,), []).append(f"{BASELINE}/{directory_name([layer])}")
     return names
 
 
