@@ -176,7 +176,8 @@ class SAEConfig(_Section):
         None,
         gt=0,
         description="norm of the encoder's rows at the start, which have the decoder's directions; "
-        "by default what reconstructs the first batch best (1: the decoder's transpose)",
+        "by default what reconstructs the first batch best, with relu and gated 0.05 (1: the "
+        "decoder's transpose)",
     )
     target_l0: float | None = Field(
         None,

@@ -28,7 +28,6 @@ def error(sae: SAE, x: torch.Tensor) -> float:
     "options",
     [
         {"architecture": "topk", "k": 8},
-        {"architecture": "relu"},
         {"architecture": "topk", "k": 8, "learned_affine": "gain"},
     ],
 )
@@ -45,6 +44,14 @@ def test_no_other_size_of_the_encoder_reconstructs_better(options):
         with torch.no_grad():
             sae.W_enc.copy_(factor * weights)
         assert error(sae, x) > fitted
+
+
+@pytest.mark.parametrize("architecture", ["relu", "gated"])
+def test_under_an_l1_penalty_rows_start_short(architecture):
+    sae = new_sae(architecture=architecture)
+    directions = sae.W_dec.detach().clone()
+    sae.fit_encoder(random_batch(30, 16))
+    torch.testing.assert_close(sae.W_enc.detach(), 0.05 * directions)
 
 
 def test_activations_that_are_all_zero_change_nothing():

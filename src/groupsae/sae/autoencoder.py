@@ -25,6 +25,7 @@ CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae.safetensors"
 
 _ENOUGH = 256  # rows to fit one number to
+_SHORT = 0.05  # norm of an encoder's rows at the start, under an L1 penalty
 
 Members: TypeAlias = int | Int[Tensor, "*token"] | None
 
@@ -309,9 +310,15 @@ class SAE(nn.Module):
 
         With rows of unit norm the many latents that are active by chance add up to several times
         the input, and training begins with unlearning that: on the models at hand the variance left
-        unexplained after 440 steps is halved by the right size. The directions stay. A rule without
-        k is taken with the L0 that it aims at, or with all positive latents.
+        unexplained after 440 steps is halved by the right size. The directions stay. A JumpReLU SAE
+        without a k is taken with the L0 that it aims at.
+
+        relu and gated, whose L0 nothing tells beforehand, start with short rows instead: an L1
+        penalty then lets latents grow where they pay, and need not shrink all of them first.
         """
+        if self.config.architecture in ("relu", "gated"):
+            self.W_enc.mul_(_SHORT)
+            return
         x, members = x[:_ENOUGH], None if members is None else members[:_ENOUGH]
         pre_activations = F.linear(self.inputs(x, members), self.W_enc)
         active = self.config.k or round(self.config.target_l0 or self.config.d_sae)
