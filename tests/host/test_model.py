@@ -107,6 +107,24 @@ def test_nothing_after_the_last_asked_layer_is_computed(
     assert calls[where.final_norm] == calls[head] == 1
 
 
+@every_architecture
+def test_the_last_logits_alone_are_the_last_of_all(architecture: str) -> None:
+    host, ids = HostModel(tiny_model(architecture)), random_ids()
+    everywhere = host.logits(ids)
+    torch.testing.assert_close(host.logits(ids, last=True), everywhere[:, -1:])
+    x = host.residual_streams(ids, [1])[1]
+    torch.testing.assert_close(host.logits_from(1, x, ids, last=True), everywhere[:, -1:])
+
+
+def test_the_unembedding_of_other_positions_is_spared(host: HostModel) -> None:
+    read: list[int] = []
+    head = host.model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    host.logits(random_ids(), last=True)
+    handle.remove()
+    assert read == [1]
+
+
 def test_only_the_asked_layers_are_given_once_each(host: HostModel) -> None:
     streams = host.residual_streams(random_ids(), [2, 0, 2])
     assert sorted(streams) == [0, 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 from collections import OrderedDict
@@ -62,6 +63,8 @@ class HostModel:
         found = find_blocks(self.model)
         self.blocks, self.block_path, self.d_model = found.modules, found.path, found.d_model
         self._skippable: dict[int, list[BlockOutput] | None] = {}
+        forward = inspect.signature(type(self.model).forward)
+        self._keeps_logits = "logits_to_keep" in forward.parameters
         _check_tokenizer(self)
 
     @classmethod
@@ -239,18 +242,24 @@ class HostModel:
             yield
 
     def logits(
-        self, input_ids: Int[Tensor, "batch context"]
-    ) -> Float[Tensor, "batch context vocab"]:
+        self, input_ids: Int[Tensor, "batch context"], *, last: bool = False
+    ) -> Float[Tensor, "batch predictions vocab"]:
         """Next-token logits, in the model's dtype.
+
+        Args:
+            last: only those after the whole context: [batch, 1, vocab]. Most models then spare the
+                unembedding of all other positions.
 
         Raises:
             InputError: a token id or a context that the model does not have.
         """
-        return self._forward(self._checked(input_ids)).logits  # type: ignore[no-any-return]
+        kept = {"logits_to_keep": 1} if last and self._keeps_logits else {}
+        logits: Tensor = self._forward(self._checked(input_ids), **kept).logits
+        return logits[:, -1:] if last else logits
 
     def logits_from(
-        self, layer: int, x: Stream, input_ids: Int[Tensor, "batch context"]
-    ) -> Float[Tensor, "batch context vocab"]:
+        self, layer: int, x: Stream, input_ids: Int[Tensor, "batch context"], *, last: bool = False
+    ) -> Float[Tensor, "batch predictions vocab"]:
         """Next-token logits with x as the residual stream after `layer`, in the model's dtype.
 
         Bit for bit those of `logits` inside `splice({layer: lambda _: x})`, but the blocks up to
@@ -260,6 +269,9 @@ class HostModel:
 
         Splices around the call hold; a replacement at `layer` or below is called and has no effect.
 
+        Args:
+            last: as in :meth:`logits`.
+
         Raises:
             InputError: a layer, a token id or a context that the model does not have; an x whose
                 shape, dtype or device is not that of the stream.
@@ -267,9 +279,9 @@ class HostModel:
         with self.splice({layer: lambda _: x}):
             outputs = self._skippable_outputs(layer)
             if outputs is None:
-                return self.logits(input_ids)
+                return self.logits(input_ids, last=last)
             with _skipped(self.blocks, outputs):
-                return self.logits(input_ids)
+                return self.logits(input_ids, last=last)
 
     def cross_entropy(
         self, input_ids: Int[Tensor, "batch context"]
@@ -307,9 +319,9 @@ class HostModel:
             digest.update(memoryview(data.numpy()))
         return digest.hexdigest()
 
-    def _forward(self, input_ids: Int[Tensor, "batch context"]) -> Any:
+    def _forward(self, input_ids: Int[Tensor, "batch context"], **options: Any) -> Any:
         with fast_linears(self.device):
-            return self.model(input_ids=input_ids, use_cache=False, return_dict=True)
+            return self.model(input_ids=input_ids, use_cache=False, return_dict=True, **options)
 
     def _check_layers(self, layers: Iterable[int]) -> None:
         for layer in layers:

@@ -90,7 +90,7 @@ def open_corpus(
         split=split,
         documents=documents,
         tokenizer=tokenizer,
-        joints=_joints(tokenizer, prepend_bos),
+        joints=joints_of(tokenizer, prepend_bos),
         context_length=context_length,
         held_out_share=held_out,
         seed=seed,
@@ -493,7 +493,15 @@ def _check_vocabulary(corpus: Corpus, tokenised: list[np.ndarray]) -> None:
         )
 
 
-def _joints(tokenizer: Tokenizer | None, prepend_bos: bool | None) -> Joints:
+def joints_of(tokenizer: Tokenizer | None, prepend_bos: bool | None) -> Joints:
+    """What stands between documents, and at the beginning of a context.
+
+    Args:
+        prepend_bos: By default if the tokenizer puts BOS before a text by itself.
+
+    Raises:
+        InputError: If BOS is asked for and not known.
+    """
     if tokenizer is None:
         if prepend_bos:
             raise InputError("tokens.prepend_bos=true: without a tokenizer, BOS is not known")
