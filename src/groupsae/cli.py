@@ -144,6 +144,24 @@ def evaluate(inputs: Inputs = None, out_directory: Out = None, redo: Redo = Fals
 
 
 @app.command(epilog=_KEYS)
+def circuits(inputs: Inputs = None, out_directory: Out = None, redo: Redo = False) -> None:
+    """Judge, task by task, how few latents carry what the model computes."""
+    run = _open(inputs, out_directory, redo)
+    for result in run.circuits():
+        _show_circuits(result)
+    out.print(
+        f"Circuits: {run.directory / 'evaluation' / 'circuits'}", soft_wrap=True, markup=False
+    )
+
+
+@app.command(epilog=_KEYS)
+def similarity(inputs: Inputs = None, out_directory: Out = None, redo: Redo = False) -> None:
+    """Compare each group's SAE with its layers' own: decoder directions and firing."""
+    run = _open(inputs, out_directory, redo)
+    _show_similarity(run.similarity())
+
+
+@app.command(epilog=_KEYS)
 def report(inputs: Inputs = None, out_directory: Out = None, redo: Redo = False) -> None:
     """Write report.html and the figures."""
     path = _open(inputs, out_directory, redo).report()
@@ -172,6 +190,61 @@ def sweep(
     folder = run.directory / "sweep" / results["name"]
     figures = run.directory / "figures" / f"sweep-{results['name']}"
     out.print(f"Sweep: {folder}; figure: {figures}.*", soft_wrap=True, markup=False)
+
+
+@app.command(epilog=_KEYS)
+def export(
+    inputs: Inputs = None,
+    to: Annotated[
+        str, typer.Option(help="sae-lens, sparsify or dictionary-learning.", show_default=False)
+    ] = "",
+    layers: Annotated[
+        str, typer.Option(help="As in 0,3,5-7; by default all that the run covers.")
+    ] = "all",
+    out_directory: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Where the layers' folders go; by default RUN/export/TO."),
+    ] = None,
+) -> None:
+    """Write each layer's SAE in the format of another library."""
+    run = _open(inputs, None, redo=False)
+    target = out_directory or run.directory / "export" / re.sub(r"[^\w-]", "", to)
+    folders = run.export(to, target, [] if layers == "all" else _layers(layers))
+    for layer, folder in folders.items():
+        out.print(f"layer {layer}: {folder}", soft_wrap=True, markup=False)
+
+
+@app.command("import", epilog=_KEYS)
+def import_(
+    folders: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FOLDER... [KEY=VALUE]...",
+            help="Folders of SAEs, or of many of them below; then keys to set, such as host.name.",
+        ),
+    ],
+    out_directory: Annotated[
+        Path, typer.Option("--out", "-o", help="Directory of the new run.", show_default=False)
+    ],
+    format: Annotated[
+        str | None,
+        typer.Option("--from", help="What the folders are; by default what each looks like."),
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(help="Member layers of an SAE, as in 3-6; once for each, in their order."),
+    ] = None,
+) -> None:
+    """Make a run of SAEs that were trained elsewhere, to evaluate, compare and report."""
+    keys_to_set = [text for text in folders if "=" in text]
+    run = Run.of_imported(
+        out_directory,
+        [Path(text) for text in folders if "=" not in text],
+        Config.load(None, keys_to_set),
+        format=format,
+        layers=None if layers is None else [tuple(_layers(text)) for text in layers],
+    )
+    out.print(f"Run: {run.directory}", soft_wrap=True, markup=False)
 
 
 @app.command(epilog=_KEYS)
@@ -240,6 +313,17 @@ def _config(inputs: list[str] | None) -> tuple[Config, Path | None]:
             f"give --out {target}"
         )
     return Config.load(target / "config.yaml", inputs), target
+
+
+def _layers(text: str) -> list[int]:
+    """0,3,5-7 as a list."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None:
+            raise InputError(f"--layers {text}: {part!r} is no layer; write them as in 0,3,5-7")
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return found
 
 
 def _open(inputs: list[str] | None, out_directory: Path | None, redo: bool) -> Run:
@@ -343,6 +427,76 @@ def _show_means_by_groups(rows: list[dict[str, Any]], columns: dict[str, str]) -
         means = (sum(row[key] for row in own) / len(own) for key in columns.values())
         label = "one per layer" if partition == "baseline" else f"G = {G}"
         table.add_row(label, *map(_number, means))
+    _print(table)
+
+
+def _show_circuits(result: dict[str, Any]) -> None:
+    """Areas under a task's curves, or why there are none."""
+    model = result["model"]
+    out.print(
+        f"{result['task']}: {result['examples']['effects']} examples for effects, "
+        f"{result['examples']['scores']} for scores; the model's m(M) is {model['m']:.3f}, and it "
+        f"prefers the right answer in {model['accuracy']:.1%}",
+        soft_wrap=True,
+        markup=False,
+    )
+    if result["refused"] is not None:
+        out.print(f"No curve: {result['refused']}", soft_wrap=True, markup=False)
+        return
+    scores, nodes = ("faithfulness", "completeness"), (False, True)
+    table = Table(title=f"{result['task']}: area under the curve, latents per layer")
+    for column in ("SAEs", "latents", "effects"):
+        table.add_column(column)
+    for score in scores:
+        for with_errors in nodes:
+            table.add_column(f"{score}\n{'with' if with_errors else 'no'} errors", justify="right")
+    table.add_column("latents for 75%\nwith errors", justify="right")
+    rows: dict[tuple[str, str, str], dict[tuple[str, bool], dict[str, Any]]] = {}
+    for curve in result["curves"]:
+        if curve["selection"] == "per_layer":
+            per_layer = curve["partition"] == "baseline"
+            label = "one per layer" if per_layer else f"G = {curve['groups_total']}"
+            row = rows.setdefault((label, curve["latents"], curve["method"]), {})
+            row[curve["score"], curve["error_nodes"]] = curve
+    for (label, latents, method), row in rows.items():
+        at_75 = row["faithfulness", True]["n_at_75"]
+        table.add_row(
+            label,
+            latents,
+            method.replace("_", " "),
+            *(_area(row[score, with_errors]) for score in scores for with_errors in nodes),
+            "never" if at_75 is None else f"{at_75:.0f}",
+        )
+    if any(curve["flag"] for row in rows.values() for curve in row.values()):
+        table.caption = "* m(M) and m(empty) are so near that the ratio means little"
+    _print(table)
+
+
+def _area(curve: dict[str, Any]) -> str:
+    return _number(curve["area"]) + "*" * (curve["flag"] is not None)
+
+
+def _show_similarity(result: dict[str, Any]) -> None:
+    """MMCS and concordance of every layer, with those of two SAEs of the layer beside them."""
+    twins = {row["layer"]: row for row in result["yardstick"] or ()}
+    table = Table(
+        title=f"A layer's own SAE and its group's; firing on {result['tokens']:,} held-out tokens",
+        caption=None if twins else "training.twins=true adds what two SAEs of one layer have",
+    )
+    for column in ("G", "layer", "MMCS\nto layer", "MMCS\nto group", "concordance"):
+        table.add_column(column, justify="right")
+    for column in ("MMCS\ntwins", "concordance\ntwins") if twins else ():
+        table.add_column(column, justify="right")
+    for row in result["rows"]:
+        twin = twins.get(row["layer"], {})
+        table.add_row(
+            str(row["groups_total"]),
+            str(row["layer"]),
+            _number(row["mmcs_group_to_layer"]),
+            _number(row["mmcs_layer_to_group"]),
+            _number(row["concordance"]),
+            *(_number(twin[key]) for key in ("mmcs", "concordance") if twins),
+        )
     _print(table)
 
 

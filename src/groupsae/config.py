@@ -469,6 +469,17 @@ class CircuitsConfig(_Section):
     batch_tokens: Count = Field(4096, description="tokens of one forward; bounds the memory")
     seed: int = Field(0, ge=0, lt=2**32, description="order of examples, halves and controls")
 
+    @model_validator(mode="after")
+    def _one_result_for_each(self) -> CircuitsConfig:
+        titles = [name.partition("=")[0] for name in self.tasks]
+        for title in titles:
+            if titles.count(title) > 1:
+                raise ValueError(
+                    f"circuits.tasks: two are called {title!r}, and would share one result; give "
+                    "them names of their own"
+                )
+        return self
+
 
 class SimilarityConfig(_Section):
     """How `groupsae similarity` compares a group's SAE with its layers' own."""

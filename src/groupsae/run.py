@@ -18,6 +18,9 @@ from groupsae.directory import RunDirectory, read_json, stored_config, write_jso
 from groupsae.errors import InputError
 
 if TYPE_CHECKING:
+    from groupsae.circuits import CircuitStage
+    from groupsae.evaluation.attribution import Effects
+    from groupsae.evaluation.circuits import Curve
     from groupsae.evaluation.subject import Subject
     from groupsae.grouping.cost import CostModel
     from groupsae.grouping.distance import Moments
@@ -173,9 +176,6 @@ class Run:
             if todo:
                 from groupsae.evaluation.reconstruction import evaluate_reconstruction
 
-                training = read_json(
-                    self._stages.need("training.json", "train"), tokens_per_sae=int
-                )
                 result = evaluate_reconstruction(
                     self.host,
                     self.corpus.held_out(),
@@ -184,13 +184,160 @@ class Run:
                     batch_contexts=self.config.evaluation.batch_contexts,
                     special=self._special,
                 )
-                after = self.config.training.init_from and ", after those of training.init_from"
-                result["equal"] = (
-                    f"training tokens per SAE ({training['tokens_per_sae']:,}{after or ''})"
-                )
-                write_json(path, result)
+                write_json(path, result | {"equal": self._what_was_equal()})
         rows: list[dict[str, Any]] = read_json(path, rows=list[_Row])["rows"]
         return rows
+
+    def circuits(self) -> list[dict[str, Any]]:
+        """Judge, task by task, how few latents carry what the host model computes.
+
+        The chosen partition, those of `training.also_groups` and the baseline are judged on the
+        same examples. A built-in task that this host model cannot be asked is left out, and said.
+
+        Returns:
+            The content of each `evaluation/circuits/<task>.json`.
+        """
+        folder = self.directory / "evaluation" / "circuits"
+        with self._stages.stage("circuits", folder) as todo:
+            if todo:
+                self._circuits.judge_all()
+        return self._circuits.results()
+
+    def faithfulness(self, task: str, **about: object) -> list[Curve]:
+        """The curves of a task, which is judged first where that is not done.
+
+            run.faithfulness("ioi", partition="groups", score="faithfulness", error_nodes=False)
+
+        Args:
+            task: A built-in task, or NAME=FILE.jsonl.
+            about: What the curves are to be: any of the attributes of a `Curve`.
+
+        Raises:
+            InputError: There is no such attribute; as :meth:`circuits`.
+        """
+        from groupsae.evaluation.circuits import Curve
+        from groupsae.evaluation.downstream import curves_of
+
+        for name in about:
+            if name not in Curve.__dataclass_fields__:
+                raise InputError(
+                    f"{name}={about[name]!r}: a curve has no such attribute; known are "
+                    f"{', '.join(Curve.__dataclass_fields__)}"
+                )
+        curves = curves_of(self._circuits.judge(task))
+        return [c for c in curves if all(getattr(c, name) == v for name, v in about.items())]
+
+    def effects(self, task: str, method: str = "attribution") -> dict[str, Effects]:
+        """The indirect effect of every latent on a task, by partition: `G=2`, ..., `baseline`.
+
+        They are kept in `evaluation/circuits/effects/`.
+
+        Args:
+            task: A built-in task, or NAME=FILE.jsonl.
+            method: "attribution", "integrated_gradients", or "exact": one forward per latent.
+        """
+        return self._circuits.effects(task, method)
+
+    def similarity(self) -> dict[str, Any]:
+        """Compare each group's SAE with its layers' own: directions (MMCS) and firing.
+
+        Returns:
+            The content of `evaluation/similarity.json`.
+        """
+        path = self.directory / "evaluation" / "similarity.json"
+        with self._stages.stage("similarity", path) as todo:
+            if todo:
+                from groupsae.evaluation.similarity import evaluate_similarity
+
+                saes = self.saes()
+                subjects = [s for s in self.subjects() if s.partition == "groups"]
+                result = evaluate_similarity(
+                    self.host,
+                    self.corpus.held_out(),
+                    self._of_each_layer(saes, "baseline"),
+                    {subject.groups_total: subject.saes for subject in subjects},
+                    self._of_each_layer(saes, "twin") or None,
+                    tokens=self.config.similarity.tokens,
+                    batch_contexts=self.config.evaluation.batch_contexts,
+                    special=self._special,
+                    matrix_groups=[subjects[0].groups_total],
+                )
+                write_json(path, result)
+        return read_json(path, rows=list)
+
+    def export(self, format: str, directory: Path, layers: Sequence[int] = ()) -> dict[int, Path]:
+        """Write each layer's SAE, its group's, in the format of another library.
+
+        Args:
+            format: "sae-lens", "sparsify" or "dictionary-learning".
+            directory: Where the layers' folders go.
+            layers: By default all that the run covers.
+
+        Returns:
+            Each layer's folder.
+
+        Raises:
+            InputError: If the run has no such layer, or as :func:`groupsae.interop.export_saes`.
+        """
+        from groupsae.grouping.table import PartitionTable
+        from groupsae.host.tokens import joints_of
+        from groupsae.interop import Metadata, export_saes
+
+        saes = self.subjects()[0].saes
+        unknown = sorted(set(layers) - set(saes))
+        if unknown:
+            raise InputError(
+                f"--layers: {', '.join(map(str, unknown))} are not covered by {self.directory}; "
+                f"its layers are {', '.join(map(str, saes))}"
+            )
+        tokens = self.config.tokens
+        table = PartitionTable.from_json(read_json(self.directory / "partition.json"))
+        metadata = Metadata(
+            model_name=self.config.host.name,
+            block_path=self.host.block_path,
+            context_size=tokens.context_length,
+            prepend_bos=joints_of(self.host.tokenizer, tokens.prepend_bos).bos is not None,
+            dataset=tokens.source,
+            exclude_special_tokens=tokens.exclude_special,
+            amad=table.by_groups[table.chosen].amad,
+        )
+        wanted = layers or list(saes)
+        return export_saes({layer: saes[layer] for layer in wanted}, directory, format, metadata)
+
+    @classmethod
+    def of_imported(
+        cls,
+        directory: Path | str,
+        folders: Sequence[Path],
+        config: Config | None = None,
+        *,
+        format: str | None = None,
+        layers: Sequence[tuple[int, ...]] | None = None,
+    ) -> Run:
+        """A run of SAEs that were trained elsewhere, to evaluate, compare and report.
+
+        Host model and text are the config's; the groups are the SAEs' own. Distances are measured.
+
+        Args:
+            directory: A new one.
+            folders: Of SAEs that SAELens, sparsify, dictionary_learning or groupsae wrote, of the
+                published Group-SAE weights, or of many of them below.
+            format: What the folders are; by default what each looks like.
+            layers: The member layers of each SAE; by default as they say themselves.
+
+        Raises:
+            InputError: A folder cannot be read, or the SAEs fit neither the host nor together.
+        """
+        from groupsae import imports
+        from groupsae.interop import import_saes
+
+        saes = import_saes(folders, format=format, layers=layers)
+        run = cls(directory, imports.config_of(saes, config or Config()))
+        imports.check_host(saes, run.host)
+        run.distances()
+        run.groups()
+        imports.place(saes, run._stages, folders)
+        return run
 
     def sweep(self, vary: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         """Train and judge SAEs of several settings side by side, from the same activations.
@@ -410,12 +557,27 @@ class Run:
         )
 
     @property
+    def _circuits(self) -> CircuitStage:
+        from groupsae.circuits import CircuitStage
+
+        return CircuitStage(self.host, self._stages, self.subjects(), self._special)
+
+    @property
     def _special(self) -> frozenset[int]:
         return self.host.special_token_ids if self.config.tokens.exclude_special else frozenset()
 
     def _partition(self) -> Partition:
         """The groups that were chosen."""
         return self.partitions()[0]
+
+    def _what_was_equal(self) -> str:
+        """What the SAEs that are compared had in common in training."""
+        path = self._stages.need("training.json", "train")
+        if "imported" in read_json(path):
+            return "held-out tokens; the SAEs were trained elsewhere"
+        tokens = read_json(path, tokens_per_sae=int)["tokens_per_sae"]
+        after = self.config.training.init_from and ", after those of training.init_from"
+        return f"training tokens per SAE ({tokens:,}{after or ''})"
 
     def _of_each_layer(self, saes: Mapping[str, SAE], folder: str) -> dict[int, SAE]:
         """Those of one layer each that lie in a folder, by layer."""

@@ -9,6 +9,7 @@ from groupsae.errors import InputError
 from groupsae.evaluation.reconstruction import DEFINITIONS, evaluate_reconstruction
 from groupsae.evaluation.subject import Subject
 from groupsae.sae import SAE, SAEConfig
+from groupsae.sae.kernels.inference import encode
 
 TOKENS = 48 * 16
 
@@ -199,9 +200,9 @@ def test_an_sae_under_two_partitions_is_computed_once(host, corpus, monkeypatch)
     shared, other = make_sae((1,)), make_sae((0, 1), seed=1)
     subjects = [subject("groups", shared), subject("groups", other), subject("baseline", shared)]
     encoded = []
-    encode = type(shared).encode
     monkeypatch.setattr(
-        SAE, "encode", lambda sae, x, layer: encoded.append((sae, layer)) or encode(sae, x, layer)
+        "groupsae.evaluation.reconstruction.encode",
+        lambda sae, x, layer: encoded.append((sae, layer)) or encode(sae, x, layer),
     )
     rows = evaluate(host, corpus, *subjects, batch_contexts=TOKENS // 16)["rows"]
     assert sorted(layer for _, layer in encoded) == [0, 1, 1]
@@ -260,8 +261,10 @@ def test_contexts_without_a_prediction_to_judge_are_refused(host, corpus):
 def test_a_nan_that_only_held_out_text_brings_out_is_refused(host, corpus, monkeypatch):
     logits = type(host).logits
 
-    def spoiled(self, input_ids):
-        return logits(self, input_ids).masked_fill((input_ids == 50).unsqueeze(-1), torch.nan)
+    def spoiled(self, input_ids, **which):
+        return logits(self, input_ids, **which).masked_fill(
+            (input_ids == 50).unsqueeze(-1), torch.nan
+        )
 
     monkeypatch.setattr(type(host), "logits", spoiled)
     with pytest.raises(InputError, match="NaN or infinite cross-entropies on held-out text"):

@@ -58,6 +58,7 @@ from groupsae.host.model import HostModel
 from groupsae.host.tokens import special_mask
 from groupsae.progress import progress
 from groupsae.sae import SAE, Latents
+from groupsae.sae.kernels.inference import encode
 
 METHODS = ("attribution", "integrated_gradients", "exact")
 
@@ -385,7 +386,7 @@ class _Tally:
         error = torch.zeros_like(gradient, dtype=torch.float64)
         for sign, stream in ((-1, clean), (1, patch)):
             x = stream[batch.spliced]
-            latents = self.sae.encode(x, self.layer)
+            latents = encode(self.sae, x, self.layer)
             with torch.enable_grad():
                 values = latents.values.requires_grad_()
                 x_hat = self.sae.decode(Latents(values, latents.indices), self.layer)
@@ -411,7 +412,7 @@ class _Tally:
             return
         everyone = torch.arange(len(clean), device=clean.device)
         m_clean = batch.metric_from(self.layer, clean, everyone)
-        before, after = (self.sae.encode(x[batch.spliced], self.layer) for x in (clean, patch))
+        before, after = (encode(self.sae, x[batch.spliced], self.layer) for x in (clean, patch))
 
         x_hat, x_hat_patch = (self.sae.decode(z, self.layer) for z in (before, after))
         error = patch[batch.spliced] - clean[batch.spliced] - (x_hat_patch - x_hat)

@@ -16,6 +16,7 @@ from groupsae.host.model import HostModel
 from groupsae.host.tokens import TokenStream, special_mask
 from groupsae.progress import progress
 from groupsae.sae import SAE
+from groupsae.sae.kernels.inference import encode
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class _Growing:
         self._counts: list[np.ndarray] = []
 
     def add(self, sae: SAE, x: Float[Tensor, "token d_model"], layer: int) -> None:
-        found = sae.encode(x, layer)
+        found = encode(sae, x, layer)
         active = found.values > 0
         self._latents.append(found.indices[active].to(torch.int32).cpu().numpy())
         self._counts.append(active.sum(-1).cpu().numpy())

@@ -16,6 +16,7 @@ from groupsae.host.model import HostModel
 from groupsae.host.tokens import TokenStream, special_mask
 from groupsae.progress import progress
 from groupsae.sae import SAE, Latents
+from groupsae.sae.kernels.inference import encode
 
 DEFINITIONS = {
     "ce_loss_score": "(ce_zero - ce_spliced) / (ce_zero - ce_clean)",
@@ -184,7 +185,7 @@ class _Layer:
         self.squares += float(exact.square().sum())
         self.sum = self.sum + exact.sum(0)
         for sae, tally in self.tallies.items():
-            latents = sae.encode(x, layer)
+            latents = encode(sae, x, layer)
             x_hat = sae.decode(latents, layer)
             tally.add(exact, about_mean, x_hat.double(), latents)
             yield tally, x_hat.to(x.dtype)
