@@ -52,7 +52,7 @@ def judge_task(
         methods: How effects are estimated; see :mod:`groupsae.evaluation.attribution`.
         steps: Points of the integrated gradients.
         points: Sizes of a circuit.
-        controls: Also judge random latents and those of untrained SAEs.
+        controls: Also judge random latents and those of untrained SAEs, chosen per layer.
         batch_tokens: Bounds the memory.
         special: Token ids whose positions are left alone.
 
@@ -84,22 +84,45 @@ def judge_task(
         return result
 
     shown = [subjects[0], *(s for s in subjects[1:] if s.partition == "baseline")]
+
+    def judge(rankings: Sequence[Ranking], selections: Sequence[str]) -> list[dict[str, Any]]:
+        curves = circuits.evaluate_circuits(
+            host,
+            first,
+            second,
+            rankings,
+            m_model,
+            selections=selections,
+            points=points,
+            batch_tokens=batch_tokens,
+            special=special,
+        )
+        return [curve.to_json() for curve in curves]
+
     found = {method: effects_by(method) for method in methods}
-    rankings = [
-        Ranking.by_effects(subject, by_subject[subject.name])
-        for by_subject in found.values()
+    ranked = {
+        (subject.name, method): Ranking.by_effects(subject, found[method][subject.name])
+        for method in methods
         for subject in subjects
-    ]
+    }
+    twins = _of_the_same_saes(subjects)
+    own = [ranking for (name, _), ranking in ranked.items() if name not in twins]
+    curves = judge(own, circuits.SELECTIONS)
+    for subject in subjects:
+        if subject.name in twins:
+            same, about = twins[subject.name], {"groups_total": subject.groups_total}
+            curves += [
+                curve | about | {"partition": subject.partition}
+                for curve in curves
+                if (curve["partition"], curve["groups_total"])
+                == (same.partition, same.groups_total)
+            ]
     if controls:
         untrained = [
             circuits.untrained(host, first, subject, seed=seed, special=special)
             for subject in shown
         ]
-        rankings += [
-            circuits.random_ranking(ranking, seed)
-            for ranking in rankings
-            if ranking.method == methods[0] and ranking.subject in shown
-        ]
+        rankings = [circuits.random_ranking(ranked[s.name, methods[0]], seed) for s in shown]
         for method in methods:
             of_untrained = task_effects(
                 host,
@@ -113,24 +136,16 @@ def judge_task(
             rankings += [
                 Ranking.by_effects(s, of_untrained[s.name], latents="untrained") for s in untrained
             ]
-    curves = circuits.evaluate_circuits(
-        host,
-        first,
-        second,
-        rankings,
-        m_model,
-        points=points,
-        batch_tokens=batch_tokens,
-        special=special,
-    )
-    result["curves"] = [curve.to_json() for curve in curves]
+        curves += judge(rankings, ("per_layer",))
+    result["curves"] = curves
     for method, by_subject in found.items():
         for subject in subjects:
             about = _about(subject, method)
-            own = by_subject[subject.name]
-            result["strongest"] += [about | entry for entry in _strongest(subject, own)]
+            of_subject = by_subject[subject.name]
+            result["strongest"] += [about | entry for entry in _strongest(subject, of_subject)]
             result["error_effects"] += [
-                about | {"layer": layer, "effect": effect} for layer, effect in own.error.items()
+                about | {"layer": layer, "effect": effect}
+                for layer, effect in of_subject.error.items()
             ]
     result["picture"] = _pictures(host, first, shown, batch_tokens, special)
     return result
@@ -165,6 +180,16 @@ def curves_of(judged: Mapping[str, Any]) -> list[Curve]:
         own: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
         curves.append(Curve(**own))
     return curves
+
+
+def _of_the_same_saes(subjects: Sequence[Subject]) -> dict[str, Subject]:
+    """By name, subjects whose SAEs are all another's before them: as many groups as layers."""
+    found: dict[str, Subject] = {}
+    for i, subject in enumerate(subjects):
+        for earlier in subjects[:i]:
+            if earlier.saes == subject.saes:
+                found.setdefault(subject.name, earlier)
+    return found
 
 
 def _about(subject: Subject, method: str) -> dict[str, Any]:
