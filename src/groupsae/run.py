@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 
-from groupsae.config import Config
+from groupsae.config import Config, HostConfig
 from groupsae.directory import RunDirectory, read_json, stored_config, write_json
 from groupsae.errors import InputError
 
@@ -67,6 +67,7 @@ class Run:
         directory: Made where it is missing.
         config: By default the directory's own, or the defaults in a new one.
         redo: Where the directory holds stages of another config: repeat these, and what follows.
+        host: The model that `config.host` names, where it is in memory already.
 
     Raises:
         InputError: If the directory holds something else, or stages of another config and not
@@ -74,9 +75,15 @@ class Run:
     """
 
     def __init__(
-        self, directory: Path | str, config: Config | None = None, *, redo: bool = False
+        self,
+        directory: Path | str,
+        config: Config | None = None,
+        *,
+        redo: bool = False,
+        host: HostModel | None = None,
     ) -> None:
         self.directory = Path(directory)
+        self._host = host
         self._stages = RunDirectory(self.directory, config, redo=redo)
         self.config = self._stages.config
 
@@ -332,8 +339,10 @@ class Run:
         from groupsae.interop import import_saes
 
         saes = import_saes(folders, format=format, layers=layers)
-        run = cls(directory, imports.config_of(saes, config or Config()))
-        imports.check_host(saes, run.host)
+        config = imports.config_of(saes, config or Config())
+        host = _load(config.host)
+        imports.check_host(saes, host)
+        run = cls(directory, config, host=host)
         run.distances()
         run.groups()
         imports.place(saes, run._stages, folders)
@@ -507,12 +516,8 @@ class Run:
     @cached_property
     def host(self) -> HostModel:
         """The host model, loaded when first asked for."""
-        from groupsae.host.model import HostModel
-
         asked = self.config.host
-        host = HostModel.load(
-            asked.name, revision=asked.revision, dtype=asked.dtype, device=asked.device
-        )
+        host = self._host or _load(asked)
         for key in ("n_layers", "d_model"):
             declared, actual = getattr(asked, key), getattr(host, key)
             if declared not in (None, actual):
@@ -635,7 +640,6 @@ class Run:
 
     def _note_precision(self, layers: Sequence[int]) -> None:
         """Measure, once, what an explicit 16-bit `host.dtype` changes in the residual streams."""
-        from groupsae.host.model import HostModel
         from groupsae.host.precision import beside_float32
 
         asked, stored = self.config.host, stored_config(self.directory)
@@ -644,9 +648,7 @@ class Run:
             return
         found = beside_float32(
             self.host,
-            lambda: HostModel.load(
-                asked.name, revision=asked.revision, dtype="float32", device=asked.device
-            ),
+            lambda: _load(asked.model_copy(update={"dtype": "float32"})),
             self.corpus.train(),
             layers,
             self._special,
@@ -799,6 +801,14 @@ def cost_model(config: Config, n_layers: int, d_model: int) -> CostModel:
         n_layers=n_layers,
         context_length=config.tokens.context_length,
         d_sae=config.sae.width(d_model),
+    )
+
+
+def _load(asked: HostConfig) -> HostModel:
+    from groupsae.host.model import HostModel
+
+    return HostModel.load(
+        asked.name, revision=asked.revision, dtype=asked.dtype, device=asked.device
     )
 
 
