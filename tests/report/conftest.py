@@ -18,8 +18,16 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of a complete run whose host model has markup for a name."""
+    """The page of a complete run whose host model and second task have markup for a name."""
     directory = write_run(
-        tmp_path_factory.mktemp("hostile"), n_layers=4, chosen=2, host=HOSTILE, steps=60
+        tmp_path_factory.mktemp("hostile"),
+        n_layers=4,
+        chosen=2,
+        host=HOSTILE,
+        steps=60,
+        also_groups=(1,),
+        tasks=("ioi", HOSTILE),
+        refused_task=HOSTILE,
+        similarity=True,
     )
     return write_report(directory)

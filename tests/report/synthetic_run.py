@@ -11,6 +11,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from tests.report.synthetic_circuits import circuits as circuits_artefact
+from tests.report.synthetic_circuits import refused as refused_artefact
+from tests.report.synthetic_circuits import similarity as similarity_artefact
+
 D_MODEL, EXPANSION, CONTEXT = 128, 16, 128
 
 
@@ -24,8 +28,15 @@ def write_run(
     seed: int = 0,
     steps: int = 240,
     batch_tokens: int = 4096,
+    also_groups: Sequence[int] = (),
+    tasks: Sequence[str] = (),
+    refused_task: str | None = None,
+    similarity: bool = False,
 ) -> Path:
-    """A run over layers 0 .. n_layers-1 of a host with one layer more."""
+    """A run over layers 0 .. n_layers-1 of a host with one layer more.
+
+    `also_groups` are evaluated beside the chosen G. Circuits and similarity are there if asked for.
+    """
     generator = np.random.default_rng(seed)
     layers = list(range(n_layers))
     distances = distances_artefact(layers, generator)
@@ -49,10 +60,27 @@ def write_run(
             "layers": group,
         }
         _write_json(directory / "saes" / name / "cfg.json", cfg)
-    _write_json(
-        directory / "evaluation" / "reconstruction.json",
-        reconstruction(groups, layers if baseline else [], generator),
-    )
+    totals = [chosen, *(total for total in also_groups if total != chosen)]
+    partitions = {total: partition["by_groups"][str(total)]["groups"] for total in totals}
+    evaluated = reconstruction(groups, layers if baseline else [], generator)
+    for total in totals[1:]:
+        evaluated["rows"] += reconstruction(partitions[total], [], generator)["rows"]
+    _write_json(directory / "evaluation" / "reconstruction.json", evaluated)
+    for index, task in enumerate(tasks):
+        _write_json(
+            directory / "evaluation" / "circuits" / f"{task_file(task, index)}.json",
+            circuits_artefact(task, partitions, layers, d_sae=D_MODEL * EXPANSION),
+        )
+    if refused_task is not None:
+        _write_json(
+            directory / "evaluation" / "circuits" / f"{task_file(refused_task, len(tasks))}.json",
+            refused_artefact(refused_task),
+        )
+    if similarity:
+        _write_json(
+            directory / "evaluation" / "similarity.json",
+            similarity_artefact(partitions, layers, d_sae=D_MODEL * EXPANSION),
+        )
     training = {
         "steps": steps,
         "tokens_per_sae": steps * batch_tokens,
@@ -70,6 +98,8 @@ def write_run(
             ("groups", 0.1),
             ("train", 312.9),
             ("evaluate", 48.0),
+            *([("circuits", 412.0)] if tasks or refused_task is not None else []),
+            *([("similarity", 63.0)] if similarity else []),
         ]
     }
     _write_json(directory / "stages.json", stages)
@@ -240,6 +270,11 @@ def _row(
             "silent": latents - int(counts.sum()),
         },
     }
+
+
+def task_file(task: str, index: int) -> str:
+    """A file name for a task of any name."""
+    return task if task.isidentifier() else f"task-{index}"
 
 
 def sae_name(group: Sequence[int]) -> str:

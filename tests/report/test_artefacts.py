@@ -13,7 +13,9 @@ from tests.report.synthetic_run import write_run
 
 @pytest.fixture
 def run_directory(tmp_path: Path) -> Path:
-    return write_run(tmp_path / "run", n_layers=3, chosen=2, steps=60)
+    return write_run(
+        tmp_path / "run", n_layers=3, chosen=2, steps=60, tasks=("ioi",), similarity=True
+    )
 
 
 def test_everything_is_read(run_directory: Path) -> None:
@@ -26,6 +28,72 @@ def test_everything_is_read(run_directory: Path) -> None:
     assert [sae["folder"] for sae in run.saes][:3] == [
         f"saes/{path.name}" for path in sorted((run_directory / "saes").glob("layers-*"))
     ] + ["saes/baseline/layers-00"]
+
+
+def test_circuits_and_similarity_are_read(run_directory: Path) -> None:
+    run = read_run(run_directory)
+    assert [(task["file"], task["task"]) for task in run.circuits] == [("ioi", "ioi")]
+    assert run.similarity is not None
+    assert list(run.similarity["matrices"]) == ["2"]
+
+
+@pytest.mark.parametrize("stage", ["circuits", "similarity"])
+def test_circuits_and_similarity_of_an_earlier_config_are_passed_over(
+    run_directory: Path, stage: str
+) -> None:
+    stages = json.loads((run_directory / "stages.json").read_text())
+    del stages[stage]
+    (run_directory / "stages.json").write_text(json.dumps(stages))
+    run = read_run(run_directory)
+    assert bool(run.circuits) == (stage != "circuits")
+    assert (run.similarity is None) == (stage == "similarity")
+
+
+CURVE = {
+    "partition": "groups",
+    "groups_total": 2,
+    "method": "attribution",
+    "latents": "ranked",
+    "selection": "per_layer",
+    "error_nodes": False,
+    "score": "faithfulness",
+    "n": [1],
+    "value": [0.5],
+    "flag": None,
+}
+SUBJECT = {"partition": "groups", "groups_total": 2, "method": "attribution"}
+CELL = {"layer": 0, "position": 0, "latent": 1, "effect": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": None}, "'task' is a NoneType"),
+        ({"refused": 1}, "'refused' is 1"),
+        ({"model": []}, "'model' is a list"),
+        ({"curves": None}, "'curves' is a NoneType"),
+        ({"curves": [1]}, "'curves' has an entry that is no object"),
+        ({"curves": [CURVE | {"groups_total": "2"}]}, "'groups_total' is a str"),
+        ({"curves": [CURVE | {"error_nodes": 0}]}, "'error_nodes' of a curve"),
+        ({"curves": [CURVE | {"n": [1, 2]}]}, "differ in length"),
+        ({"curves": [CURVE | {"flag": True}]}, "'flag' is a bool"),
+        ({"strongest": [SUBJECT | {"layer": 0}]}, "'latent' is missing"),
+        ({"picture": [SUBJECT | {"tokens": [1], "cells": []}]}, "'tokens' are [1]"),
+        (
+            {"picture": [SUBJECT | {"tokens": ["a"], "cells": [CELL | {"position": 1}]}]},
+            "position 1, past 'tokens'",
+        ),
+    ],
+)
+def test_a_broken_task_is_named(
+    run_directory: Path, change: dict[str, object], message: str
+) -> None:
+    path = run_directory / "evaluation" / "circuits" / "ioi.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError) as caught:
+        read_run(run_directory)
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_what_is_missing_is_none_or_empty(tmp_path: Path) -> None:
@@ -106,6 +174,23 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
             "evaluation/reconstruction.json",
             '{"rows": [{"layer": 0, "partition": "groups", "group": "ab"}]}',
             "'group' is a str",
+        ),
+        ("evaluation/circuits/ioi.json", "[", "is not JSON"),
+        ("evaluation/similarity.json", '{"layers": [0], "rows": [1]}', "no object"),
+        (
+            "evaluation/similarity.json",
+            '{"layers": [0], "rows": [], "matrices": {"1": {"mmcs": [[1, 2]]}}}',
+            "'mmcs' is not 1 x 1",
+        ),
+        (
+            "evaluation/similarity.json",
+            '{"layers": [0], "rows": [], "matrices": {"G": {}}}',
+            "a G is wanted",
+        ),
+        (
+            "evaluation/similarity.json",
+            '{"layers": [0], "rows": [], "matrices": {}, "yardstick": [{}]}',
+            "'layer' is missing",
         ),
         ("saes/layers-00/cfg.json", '{"layers": null}', "'layers' is a NoneType"),
     ],

@@ -24,6 +24,7 @@ from groupsae.errors import InputError
 from groupsae.report import figures
 from groupsae.report.artefacts import Artefacts, read_run
 from groupsae.report.metrics import compare
+from tests.report.synthetic_run import write_run
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +211,16 @@ def test_training_curves_are_the_artefacts(run: Artefacts) -> None:
         assert grey == name.startswith("baseline/")
 
 
+def test_twins_are_grey() -> None:
+    metrics = [
+        {"sae": name, "step": 1, "tokens": 1, "fvu": 0.5, "dead": 0.0}
+        for name in ("layers-00", "baseline/layers-00", "twin/layers-00")
+    ]
+    drawn = figures.training_curves(metrics).axes[0]
+    grey = {own.get_label() for own in drawn.get_lines() if own.get_color() == figures.BASELINE}
+    assert grey == {"baseline/layers-00", "twin/layers-00"}
+
+
 def test_a_long_log_is_thinned_but_keeps_its_ends() -> None:
     metrics = [
         {"sae": "layers-00", "step": step, "tokens": step, "fvu": 1 / step, "dead": 0.0}
@@ -290,6 +301,29 @@ def test_any_metrics_can_be_drawn(run: Artefacts, metrics: tuple[str, ...]) -> N
 def test_an_unknown_metric_is_named(run: Artefacts) -> None:
     with pytest.raises(InputError, match=r"'r3'.*ce_loss_score"):
         figures.per_layer(run.reconstruction["rows"], ("r3",))
+
+
+def test_means_against_g_are_those_of_the_rows(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path, n_layers=4, chosen=2, steps=20, also_groups=(1, 3)))
+    rows = run.reconstruction["rows"]
+    drawn = figures.by_number_of_groups(rows, 2)
+    for axes, key in zip(drawn.axes, ("ce_loss_score", "r2"), strict=True):
+        expected = {
+            (partition, total): np.mean(
+                [
+                    row[key]
+                    for row in rows
+                    if (row["partition"], row["groups_total"]) == (partition, total)
+                ]
+            )
+            for partition, total in (("groups", 1), ("groups", 2), ("groups", 3), ("baseline", 4))
+        }
+        groups = line(axes, "one SAE per group")
+        np.testing.assert_array_equal(groups.get_xdata(), [1, 2, 3])
+        np.testing.assert_allclose(groups.get_ydata(), list(expected.values())[:3])
+        chosen, baseline = line(axes, "chosen, G = 2"), line(axes, "one SAE per layer")
+        assert chosen.get_ydata()[0] == pytest.approx(expected["groups", 2])
+        assert baseline.get_ydata()[0] == pytest.approx(expected["baseline", 4])
 
 
 # Densities.

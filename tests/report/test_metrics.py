@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groupsae.report.metrics import METRICS, MISSING, compare, means, number
+from groupsae.report.metrics import METRICS, MISSING, compare, evaluated_totals, means, number
 
 NAN = math.nan
 
@@ -32,6 +32,18 @@ def test_of_several_partitions_the_chosen_one_is_taken() -> None:
     rows = [row("groups", 0, 0.9, total=1), row("groups", 0, 0.7, total=2)]
     assert compare(rows, chosen=1)[0].values("r2")[0] == 0.9
     assert compare(rows, chosen=2)[0].values("r2")[0] == 0.7
+
+
+def test_partitions_are_never_mixed() -> None:
+    rows = [
+        row("groups", 0, 0.9, total=1),
+        row("groups", 1, 0.8, total=1),
+        row("groups", 0, 0.7, total=2),
+        row("groups", 1, 0.6, total=2),
+    ]
+    for chosen in (None, 3):
+        assert [c.values("r2")[0] for c in compare(rows, chosen)] == [0.9, 0.8]
+    assert evaluated_totals([*rows, row("baseline", 0, 0.9, total=5)]) == [1, 2]
 
 
 def test_means_are_over_the_layers_that_have_both() -> None:

@@ -32,6 +32,21 @@ FIGURES = {
     "per_layer",
     "training_curves",
 }
+FURTHER = {
+    "by_number_of_groups",
+    "mean_curves",
+    "mean_other_curves",
+    *(
+        f"task_{task}_{what}"
+        for task in ("ioi", "task_1")
+        for what in ("curves", "circuit", "circuit_baseline", "other_curves")
+    ),
+    "similarity_per_layer",
+    "similarity_maxima",
+    "similarity_matrices",
+    "similarity_mmcs_of_every_g",
+    "similarity_concordance_of_every_g",
+}
 
 
 class Page(HTMLParser):
@@ -95,7 +110,8 @@ def rewrite(path: Path, **changes: Any) -> None:
 
 def test_every_figure_is_written_in_every_format(hostile_page: Path) -> None:
     written = {path.name for path in (hostile_page.parent / "figures").iterdir()}
-    assert written == {f"{name}.{form}" for name in FIGURES for form in ("pdf", "png")}
+    names = FIGURES | FURTHER
+    assert written == {f"{name}.{form}" for name in names for form in ("pdf", "png")}
     assert not list(hostile_page.parent.glob("*.partial"))
 
 
@@ -169,7 +185,7 @@ def test_the_page_is_small(page: Page) -> None:
 
 
 def test_images_have_words_and_headings_descend_in_steps(page: Page) -> None:
-    assert len(page.all("img")) == len(FIGURES)
+    assert len(page.all("img")) == len(FIGURES | FURTHER)
     assert all(len(image["alt"]) > 30 for image in page.all("img"))
     levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
@@ -385,10 +401,13 @@ def test_a_single_layer_can_be_reported(tmp_path: Path) -> None:
         ("partition.json", "groupsae groups"),
         ("metrics.jsonl", "groupsae train"),
         ("evaluation/reconstruction.json", "groupsae evaluate"),
+        ("evaluation/circuits/ioi.json", "groupsae circuits RUN"),
+        ("evaluation/similarity.json", "groupsae similarity RUN"),
     ],
 )
 def test_a_missing_artefact_leaves_a_hint(tmp_path: Path, artefact: str, command: str) -> None:
-    directory = write_run(tmp_path, n_layers=3, chosen=2, steps=20)
+    directory = write_run(tmp_path, n_layers=3, chosen=2, steps=20, tasks=("ioi",), similarity=True)
+    assert f"Not run yet: {command} " not in words(directory).text
     (directory / artefact).unlink()
     page = words(directory)
     assert f"Not run yet: {command} " in page.text
@@ -398,8 +417,31 @@ def test_a_run_that_has_only_begun_can_be_reported(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("host: {name: beginner}\n")
     page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
     assert "No stage of this run has finished yet." in page.text
-    assert page.text.count("Not run yet") == 5
+    assert page.text.count("Not run yet") == 7
     assert not page.all("img")
+
+
+def test_figures_are_numbered_in_the_order_of_the_page(page: Page) -> None:
+    numbers = [int(number) for number in re.findall(r"Figure (\d+)\. ", page.text)]
+    assert numbers == list(range(1, len(FIGURES | FURTHER) + 1))
+
+
+def test_of_several_partitions_the_chosen_one_stands_in_the_tables(tmp_path: Path) -> None:
+    plain = write_run(tmp_path / "plain", n_layers=4, chosen=2, steps=20)
+    several = write_run(tmp_path / "several", n_layers=4, chosen=2, steps=20, also_groups=(1, 3))
+    assert words(several).tables["comparison"] == words(plain).tables["comparison"]
+    names = {found.name for found in illustrations(read_run(several))}
+    assert names - {found.name for found in illustrations(read_run(plain))} == {
+        "by_number_of_groups"
+    }
+
+
+def test_twins_are_counted_apart(tmp_path: Path) -> None:
+    directory = write_run(tmp_path, n_layers=3, chosen=2, steps=20)
+    path = directory / "metrics.jsonl"
+    twins = path.read_text().replace("baseline/", "twin/").splitlines()
+    path.write_text(path.read_text() + "".join(f"{line}\n" for line in twins if "twin/" in line))
+    assert "2 group and 3 baseline and 3 twin SAEs trained" in words(directory).text
 
 
 # Nothing of a run is trusted.

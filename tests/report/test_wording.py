@@ -1,8 +1,20 @@
 from __future__ import annotations
 
-import pytest
+import unicodedata
 
-from groupsae.report.wording import choice, duration, layer_range, sae_label, si
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from groupsae.report.wording import (
+    choice,
+    duration,
+    layer_range,
+    sae_label,
+    si,
+    signed,
+    visible,
+)
 
 
 @pytest.mark.parametrize(
@@ -51,3 +63,46 @@ def test_duration(seconds: float, text: str) -> None:
 )
 def test_choice(partition: dict[str, object], said: str) -> None:
     assert choice(partition) == said
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain $x$ <b>", "plain $x$ <b>"),
+        ("a\nb\tc", "a\\nb\\tc"),
+        ("\u202etxt", "\\u202etxt"),
+        ("\ud800", "\\ud800"),
+        ("\U000e0001", "\\U000e0001"),
+        ("x" * 61, "x" * 59 + "…"),
+        ("", ""),
+    ],
+)
+def test_visible(text: str, shown: str) -> None:
+    assert visible(text) == shown
+
+
+def test_what_a_font_lacks_is_escaped() -> None:
+    assert visible("a中", drawable={ord("a")}) == "a\\u4e2d"
+
+
+@given(st.text(st.characters()), st.integers(1, 80))
+def test_visible_text_is_short_and_has_nothing_that_disturbs(text: str, most: int) -> None:
+    shown = visible(text, most)
+    assert len(shown) <= most
+    shown.encode()
+    assert all(unicodedata.category(character)[0] not in "C" for character in shown)
+    assert len(shown.splitlines()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.01234, "+0.0123"),
+        (-0.5, "−0.500"),
+        (-4.1e-05, "−4.10e−05"),
+        (123.0, "+123"),
+        (0, "+0.00"),
+    ],
+)
+def test_signed(value: float, text: str) -> None:
+    assert signed(value) == text

@@ -20,6 +20,8 @@ _FILES = (
     "partition.json",
     "metrics.jsonl",
     "evaluation/reconstruction.json",
+    "evaluation/circuits",
+    "evaluation/similarity.json",
 )
 
 
@@ -35,6 +37,8 @@ class Artefacts:
     saes: Sequence[Artefact]
     training: Artefact
     reconstruction: Artefact | None
+    circuits: Sequence[Artefact]
+    similarity: Artefact | None
     stages: Artefact
 
     def section(self, name: str) -> Artefact:
@@ -77,6 +81,10 @@ def read_run(directory: Path) -> Artefacts:
         reconstruction=_reconstruction(directory / "evaluation" / "reconstruction.json")
         if current("evaluate")
         else None,
+        circuits=_circuits(directory / "evaluation" / "circuits") if current("circuits") else [],
+        similarity=_similarity(directory / "evaluation" / "similarity.json")
+        if current("similarity")
+        else None,
         stages=stages or {},
     )
 
@@ -85,13 +93,7 @@ def _distances(path: Path) -> Artefact | None:
     distances = _json(path)
     if distances is not None:
         n_layers = len(_layers(distances, "layers", path))
-        matrix = _need(distances, "matrix", list, path)
-        if len(matrix) != n_layers or any(
-            not isinstance(row, list) or len(row) != n_layers for row in matrix
-        ):
-            raise _broken(path, f"'matrix' is not {n_layers} x {n_layers}, as 'layers' has it")
-        if any(not isinstance(entry, int | float | None) for row in matrix for entry in row):
-            raise _broken(path, "'matrix' has an entry that is no number")
+        _square(distances, "matrix", n_layers, path)
     return distances
 
 
@@ -124,10 +126,68 @@ def _reconstruction(path: Path) -> Artefact | None:
     return reconstruction
 
 
-def _saes(directory: Path) -> list[Artefact]:
-    """Each SAE's cfg.json, with the "folder" that it lies in; groups before baselines."""
+def _circuits(folder: Path) -> list[Artefact]:
+    """Each task's artefact, with the "file" that it lies in, by that name."""
     found: list[Artefact] = []
-    for pattern in ("layers-*", "baseline/layers-*"):
+    for path in sorted(folder.glob("*.json")):
+        task = _json(path) or {}
+        _need(task, "task", str, path)
+        if not isinstance(task.get("refused"), str | None):
+            raise _broken(path, f"'refused' is {task['refused']!r}; null or the reason is wanted")
+        for key in ("model", "examples", "lengths", "dropped", "definitions"):
+            _optional(task, key, dict, path)
+        for curve in _objects(task, "curves", path):
+            _need_subject(curve, path)
+            for key in ("latents", "selection", "score"):
+                _need(curve, key, str, path)
+            if not isinstance(curve.get("error_nodes"), bool):
+                raise _broken(path, "'error_nodes' of a curve is neither true nor false")
+            if len(_need(curve, "n", list, path)) != len(_need(curve, "value", list, path)):
+                raise _broken(path, "a curve's 'n' and 'value' differ in length")
+            _optional(curve, "flag", str, path)
+        for latent in _objects(task, "strongest", path):
+            _need_subject(latent, path)
+            _need(latent, "layer", int, path)
+            _need(latent, "latent", int, path)
+        for picture in _objects(task, "picture", path):
+            _need_subject(picture, path)
+            tokens = _need(picture, "tokens", list, path)
+            if not tokens or not all(isinstance(token, str) for token in tokens):
+                raise _broken(path, f"a picture's 'tokens' are {tokens!r}; texts are wanted")
+            for cell in _objects(picture, "cells", path):
+                _need(cell, "layer", int, path)
+                _need(cell, "latent", int, path)
+                if not 0 <= _need(cell, "position", int, path) < len(tokens):
+                    raise _broken(path, f"a cell is at position {cell['position']}, past 'tokens'")
+        found.append({**task, "file": path.stem})
+    return found
+
+
+def _similarity(path: Path) -> Artefact | None:
+    similarity = _json(path)
+    if similarity is not None:
+        n_layers = len(_layers(similarity, "layers", path))
+        _optional(similarity, "definitions", dict, path)
+        for row in _objects(similarity, "rows", path):
+            _need(row, "groups_total", int, path)
+            _need(row, "layer", int, path)
+            _layers(row, "group", path)
+        for groups_total, matrices in _need(similarity, "matrices", dict, path).items():
+            if not groups_total.isdigit() or not isinstance(matrices, dict):
+                raise _broken(path, f"'matrices' has the entry {groups_total!r}; a G is wanted")
+            for key in ("mmcs", "concordance"):
+                if matrices.get(key) is not None:
+                    _square(matrices, key, n_layers, path)
+        if similarity.get("yardstick") is not None:
+            for row in _objects(similarity, "yardstick", path):
+                _need(row, "layer", int, path)
+    return similarity
+
+
+def _saes(directory: Path) -> list[Artefact]:
+    """Each SAE's cfg.json, with the "folder" that it lies in; groups, baselines, their twins."""
+    found: list[Artefact] = []
+    for pattern in ("layers-*", "baseline/layers-*", "twin/layers-*"):
         for path in sorted((directory / "saes").glob(f"{pattern}/cfg.json")):
             config = _json(path) or {}
             _layers(config, "layers", path)
@@ -201,6 +261,35 @@ def _layers(artefact: Artefact, key: str, path: Path) -> list[int]:
     if not layers or not all(isinstance(layer, int) for layer in layers):
         raise _broken(path, f"'{key}' is {layers!r}; a list of layers is wanted")
     return layers
+
+
+def _square(artefact: Artefact, key: str, n_layers: int, path: Path) -> None:
+    matrix = _need(artefact, key, list, path)
+    if len(matrix) != n_layers or any(
+        not isinstance(row, list) or len(row) != n_layers for row in matrix
+    ):
+        raise _broken(path, f"'{key}' is not {n_layers} x {n_layers}, as 'layers' has it")
+    if any(not isinstance(entry, int | float | None) for row in matrix for entry in row):
+        raise _broken(path, f"'{key}' has an entry that is no number")
+
+
+def _objects(artefact: Artefact, key: str, path: Path) -> list[Artefact]:
+    entries: list[Artefact] = _need(artefact, key, list, path)
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise _broken(path, f"'{key}' has an entry that is no object")
+    return entries
+
+
+def _need_subject(entry: Artefact, path: Path) -> None:
+    """Whose latents an entry is of, and the method that found them."""
+    _need(entry, "partition", str, path)
+    _need(entry, "groups_total", int, path)
+    _need(entry, "method", str, path)
+
+
+def _optional(artefact: Artefact, key: str, kind: type, path: Path) -> None:
+    if artefact.get(key) is not None:
+        _need(artefact, key, kind, path)
 
 
 def _broken(path: Path, why: str) -> InputError:

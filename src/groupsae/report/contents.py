@@ -9,7 +9,9 @@ from typing import Any
 
 from groupsae.grouping.matrix import QUANTITIES, threshold_note
 from groupsae.report.artefacts import Artefacts
+from groupsae.report.circuits import circuit_contents
 from groupsae.report.metrics import METRICS, MISSING, LayerComparison, compare, means, number
+from groupsae.report.similarity import similarity_contents
 from groupsae.report.wording import choice, chosen_groups, duration, layer_range, si
 
 TABLE = ("ce_loss_score", "r2", "l2", "l0")  # the columns of the table that is always open
@@ -38,6 +40,8 @@ def page_contents(run: Artefacts) -> dict[str, Any]:
         "equal": _equal(run),
         "comparison": comparison_table(comparisons),
         "every_metric": _every_metric(run, comparisons),
+        "circuits": circuit_contents(run),
+        "similarity": similarity_contents(run),
         "cost": _cost(run),
         "stages": _stages(run),
         "excluded": _excluded(run),
@@ -364,11 +368,12 @@ def _tokens_per_sae(run: Artefacts) -> str:
 def _n_saes(run: Artefacts) -> str:
     names = {str(line["sae"]) for line in run.metrics}
     baselines = sum(name.startswith("baseline/") for name in names)
-    return (
-        f"{len(names) - baselines} group"
-        + (f" and {baselines} baseline" * bool(baselines))
-        + (" SAEs")
-    )
+    twins = sum(name.startswith("twin/") for name in names)
+    counts = [f"{len(names) - baselines - twins} group"]
+    counts += [
+        f"{count} {kind}" for count, kind in ((baselines, "baseline"), (twins, "twin")) if count
+    ]
+    return " and ".join(counts) + " SAEs"
 
 
 def _layers_in_means(comparisons: Sequence[LayerComparison]) -> str:

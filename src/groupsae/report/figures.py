@@ -8,28 +8,51 @@ Every function returns a `matplotlib.figure.Figure` that no global state knows; 
 
 from __future__ import annotations
 
-import functools
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-from numpy.typing import NDArray
 from scipy.cluster import hierarchy
 
 from groupsae.errors import InputError
 from groupsae.grouping.matrix import QUANTITIES, Distances
 from groupsae.grouping.methods import linkage_matrix
-from groupsae.report.metrics import METRICS, LayerComparison, compare, number
+from groupsae.report.metrics import (
+    METRICS,
+    LayerComparison,
+    compare,
+    evaluated_totals,
+    means,
+    number,
+)
+from groupsae.report.style import (
+    BAND,
+    BASELINE,
+    COLUMN,
+    GROUP,
+    HEAT,
+    INK,
+    MUTED,
+    OPAQUE,
+    PAGE,
+    STYLE,
+    THRESHOLD,
+    Floats,
+    group_colours,
+    layer_ticks,
+    roomy,
+    styled,
+    unique_legend,
+)
 from groupsae.report.wording import chosen_groups, sae_label, si_scale
 
 # No times of writing, so that the same figure gives the same bytes.
@@ -39,68 +62,15 @@ _METADATA: dict[str, dict[str, None]] = {
     "svg": {"Date": None},
 }
 
-COLUMN, PAGE = 3.2, 6.4  # inches: one column, and the full width, of a two-column paper
 MOST_PRINTED = 16  # layers up to which the heat map prints its values
 
-INK, MUTED, RULE = "#1c2128", "#59636e", "#d5dae0"
-GROUP, BASELINE, THRESHOLD, BAND = "#0b5cad", "#858d96", "#b3420c", "#edf3fa"
-_RAMP = LinearSegmentedColormap.from_list("groups", ["#86bdf0", "#0b5cad", "#062c55"])
-_HEAT = LinearSegmentedColormap.from_list(
-    "distance", ["#fffdf6", "#fdeabf", "#f8c274", "#e78b3a", "#b9531a", "#702a0e"]
-)
 _MOST_LEGEND_ENTRIES = 8
 _MOST_POINTS = 400
-
-_STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so figures are the same everywhere
-    "font.size": 8,
-    "axes.labelsize": 8,
-    "axes.titlesize": 8,
-    "axes.titlelocation": "left",
-    "axes.titlepad": 5,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.formatter.useoffset": False,
-    "text.color": INK,
-    "text.parse_math": False,  # names from a run may hold a dollar sign
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "xtick.major.size": 2.5,
-    "ytick.major.size": 2.5,
-    "xtick.minor.size": 1.5,
-    "ytick.minor.size": 1.5,
-    "grid.color": RULE,
-    "grid.linewidth": 0.5,
-    "axes.axisbelow": True,
-    "lines.linewidth": 1.3,
-    "lines.markersize": 4,
-    "legend.fontsize": 7,
-    "legend.frameon": False,
-    "legend.handlelength": 1.6,
-    "legend.borderaxespad": 0.2,
-    "legend.columnspacing": 1.4,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "pdf.fonttype": 42,  # TrueType: editable, and what publishers ask for
-    "svg.fonttype": "path",
-    "svg.hashsalt": "groupsae",
-}
 
 _MEASURES = {
     "amad": ("AMAD", "AMAD"),
     "flops_per_token": ("predicted cost", "Predicted {}FLOP per token"),
 }
-_OPAQUE: dict[str, Any] = {"frameon": True, "edgecolor": "none", "framealpha": 0.9}
-
 _UNIT_NAMES = {
     "": "",
     "k": " (thousands)",
@@ -110,20 +80,8 @@ _UNIT_NAMES = {
     "P": " (quadrillions)",
 }
 
-_P = ParamSpec("_P")
-Floats = NDArray[np.float64]
 
-
-def _styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
-    @functools.wraps(draw)
-    def styled(*args: _P.args, **kwargs: _P.kwargs) -> Figure:
-        with rc_context(_STYLE):
-            return draw(*args, **kwargs)
-
-    return styled
-
-
-@_styled
+@styled
 def distance_heatmap(
     distances: Mapping[str, Any], partition: Mapping[str, Any] | None = None
 ) -> Figure:
@@ -140,7 +98,7 @@ def distance_heatmap(
     axes = figure.subplots()
     mesh = axes.pcolormesh(
         matrix,
-        cmap=_HEAT,
+        cmap=HEAT,
         vmin=0,
         vmax=np.nanmax(matrix, initial=1e-3),
         edgecolors="white" if n_layers <= 24 else "face",
@@ -148,7 +106,7 @@ def distance_heatmap(
         rasterized=n_layers > 48,
     )
     axes.set(aspect="equal", xlim=(0, n_layers), ylim=(n_layers, 0), xlabel="Layer", ylabel="Layer")
-    _layer_ticks(axes, layers, offset=0.5, most=24, both=True)
+    layer_ticks(axes, layers, offset=0.5, most=24, both=True)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if printed:
@@ -177,7 +135,7 @@ def distance_heatmap(
     return figure
 
 
-@_styled
+@styled
 def dendrogram(distances: Mapping[str, Any], partition: Mapping[str, Any] | None = None) -> Figure:
     """Contiguous complete linkage of the layers, and the cut that gives the chosen groups.
 
@@ -239,13 +197,13 @@ def dendrogram(distances: Mapping[str, Any], partition: Mapping[str, Any] | None
         )
     axes.set(xlim=(0, n_layers), xlabel="Layer", ylabel=f"Largest {quantity(distances)}")
     axes.set_ylim(0, 1.08 * max(float(links[:, 2].max()), 1e-9))
-    _layer_ticks(axes, layers, offset=0.5, most=32)
+    layer_ticks(axes, layers, offset=0.5, most=32)
     axes.tick_params(axis="x", length=0, pad=7)
     axes.spines["bottom"].set_visible(False)
     return figure
 
 
-@_styled
+@styled
 def amad_and_cost(partition: Mapping[str, Any]) -> Figure:
     """AMAD and predicted FLOPs per token against G, the threshold and the choice marked."""
     by_groups = sorted((int(total), entry) for total, entry in partition["by_groups"].items())
@@ -258,7 +216,7 @@ def amad_and_cost(partition: Mapping[str, Any]) -> Figure:
     if not shown:
         raise InputError("the partition has neither AMAD nor predicted cost to draw")
 
-    figure = Figure(figsize=(PAGE if len(shown) == 2 else COLUMN, 2.35), layout=_roomy())
+    figure = Figure(figsize=(PAGE if len(shown) == 2 else COLUMN, 2.35), layout=roomy())
     panels = dict(zip(shown, figure.subplots(1, len(shown), squeeze=False).ravel(), strict=True))
     for key, axes in panels.items():
         scale, prefix = (1.0, "") if key == "amad" else si_scale(float(np.nanmax(measures[key])))
@@ -301,7 +259,7 @@ def amad_and_cost(partition: Mapping[str, Any]) -> Figure:
         axes.set_xlim(min(totals) - 0.6, max(totals) + 0.6)
         axes.set_ylim(0, 1.1 * max(highest, 1e-9))
         axes.grid(axis="y")
-        axes.legend(**_OPAQUE, loc="upper right" if key == "amad" else "lower right")
+        axes.legend(**OPAQUE, loc="upper right" if key == "amad" else "lower right")
     return figure
 
 
@@ -314,22 +272,22 @@ def has_measures(partition: Mapping[str, Any]) -> bool:
     )
 
 
-@_styled
+@styled
 def training_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     """FVU and fraction of dead latents of each SAE against the tokens that it has seen.
 
-    Takes the lines of `metrics.jsonl`. SAEs whose name begins with "baseline/" are drawn grey. Of
-    a long log at most some 400 points a curve are kept, evenly, the last one always.
+    Takes the lines of `metrics.jsonl`. SAEs of one layer each, baselines and twins, are drawn grey.
+    Of a long log at most some 400 points a curve are kept, evenly, the last one always.
     """
     curves: dict[str, list[Mapping[str, Any]]] = {}
     for line in metrics:
         curves.setdefault(str(line["sae"]), []).append(line)
-    baselines = sorted(name for name in curves if name.startswith("baseline/"))
+    baselines = sorted(name for name in curves if is_of_a_layer(name))
     groups = sorted((name for name in curves if name not in baselines), key=_first_layer)
     tokens = [number(line.get("tokens")) for line in metrics]
     scale, unit = si_scale(float(np.nanmax(tokens, initial=0)))
 
-    figure = Figure(figsize=(PAGE, 2.75), layout=_roomy())
+    figure = Figure(figsize=(PAGE, 2.75), layout=roomy())
     panels = figure.subplots(1, 2)
     for axes, key, label in zip(
         panels,
@@ -375,7 +333,12 @@ def training_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-@_styled
+def is_of_a_layer(name: str) -> bool:
+    """Whether an SAE is a layer's own, a baseline or its twin of another seed."""
+    return name.startswith(("baseline/", "twin/"))
+
+
+@styled
 def per_layer(
     rows: Sequence[Mapping[str, Any]],
     metrics: Sequence[str] = ("ce_loss_score", "r2", "l2", "l0"),
@@ -394,18 +357,53 @@ def per_layer(
     height = 1.95 if len(metrics) > 1 else 2.3
     figure = Figure(
         figsize=(PAGE if columns == 2 else COLUMN, height * math.ceil(len(metrics) / columns)),
-        layout=_roomy(),
+        layout=roomy(),
     )
     panels = figure.subplots(math.ceil(len(metrics) / columns), columns, squeeze=False).ravel()
     for axes, key in zip(panels, metrics, strict=False):
         _per_layer_panel(axes, comparisons, key)
     for axes in panels[len(metrics) :]:
         axes.set_visible(False)
-    figure.legend(*_unique_legend(panels[0]), loc="outside upper center", ncols=2)
+    figure.legend(*unique_legend(panels[0]), loc="outside upper center", ncols=2)
     return figure
 
 
-@_styled
+@styled
+def by_number_of_groups(rows: Sequence[Mapping[str, Any]], chosen: int | None = None) -> Figure:
+    """Mean CE-loss score and R² over layers against G, beside one SAE per layer.
+
+    Takes the rows of `evaluation/reconstruction.json`, of every G that was evaluated.
+    """
+    totals = evaluated_totals(rows)
+    figure = Figure(figsize=(PAGE, 2.35), layout=roomy())
+    for axes, key in zip(figure.subplots(1, 2), ("ce_loss_score", "r2"), strict=True):
+        found = [means(compare(rows, total), key) for total in totals]
+        values = [ours for ours, _, _ in found]
+        axes.plot(totals, values, color=GROUP, marker="o", label="one SAE per group")
+        baseline = [theirs for _, theirs, _ in found if math.isfinite(theirs)]
+        if baseline:
+            axes.axhline(
+                baseline[0], color=BASELINE, linestyle=(0, (4, 2.5)), label="one SAE per layer"
+            )
+        if chosen in totals:
+            axes.plot(
+                [chosen],
+                [values[totals.index(chosen)]],
+                linestyle="none",
+                marker="o",
+                markersize=7,
+                color=GROUP,
+                label=f"chosen, G = {chosen}",
+            )
+        axes.set(xlabel="Number of groups G", ylabel=f"Mean {METRICS[key].label}")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
+        axes.set_xlim(min(totals) - 0.6, max(totals) + 0.6)
+        axes.grid(axis="y")
+    figure.legend(*unique_legend(*figure.axes), loc="outside upper center", ncols=3)
+    return figure
+
+
+@styled
 def latent_density(rows: Sequence[Mapping[str, Any]], chosen: int | None = None) -> Figure:
     """How often latents are active: one histogram a layer, its group's SAE over its own.
 
@@ -452,11 +450,11 @@ def latent_density(rows: Sequence[Mapping[str, Any]], chosen: int | None = None)
     panels[0].set_xlim(*_occupied(comparisons))
     figure.supxlabel("log10 of the share of tokens on which a latent is active", fontsize=8)
     figure.supylabel("Latents (%)", fontsize=8)
-    figure.legend(*_unique_legend(*panels), loc="outside upper center", ncols=2)
+    figure.legend(*unique_legend(*panels), loc="outside upper center", ncols=2)
     return figure
 
 
-@_styled
+@styled
 def sweep_means(means: Sequence[Mapping[str, Any]]) -> Figure:
     """Mean CE-loss score, R² and L0 of each member of a sweep, groups beside layers.
 
@@ -486,7 +484,7 @@ def sweep_means(means: Sequence[Mapping[str, Any]]) -> Figure:
     labels = {row["member"]: _setting(row["overrides"]) for row in means}
     panels[0].set_yticks(range(len(members)), [labels[member] for member in members])
     panels[0].set_ylim(len(members) - 0.5, -0.5)
-    figure.legend(*_unique_legend(*panels), loc="outside upper center", ncols=2)
+    figure.legend(*unique_legend(*panels), loc="outside upper center", ncols=2)
     return figure
 
 
@@ -500,16 +498,9 @@ def encode(figure: Figure, form: str) -> bytes:
     if form not in _METADATA:
         raise InputError(f"figures cannot be written as {form!r}; choose of {', '.join(_METADATA)}")
     buffer = io.BytesIO()
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure.savefig(buffer, format=form, dpi=300, metadata=_METADATA[form])
     return buffer.getvalue()
-
-
-def group_colours(n_groups: int) -> list[str]:
-    """One blue per group, from light for the first to dark for the last."""
-    if n_groups == 1:
-        return [GROUP]
-    return [to_hex(_RAMP(at)) for at in np.linspace(0, 1, n_groups)]
 
 
 def histogram(row: Mapping[str, Any]) -> tuple[Floats, Floats] | None:
@@ -559,7 +550,7 @@ def _per_layer_panel(axes: Axes, comparisons: Sequence[LayerComparison], key: st
     axes.set(xlabel="Layer", ylabel=METRICS[key].label)
     axes.set_xlim(-0.5, len(layers) - 0.5)
     axes.grid(axis="y")
-    _layer_ticks(axes, layers, offset=0, most=16)
+    layer_ticks(axes, layers, offset=0, most=16)
     finite = values[:, :2][np.isfinite(values[:, :2])]
     if finite.size and np.ptp(finite) <= 1e-3 * abs(finite).max():
         middle = float(finite.mean())
@@ -595,7 +586,7 @@ def _cut(links: Floats, layers: Sequence[int], groups: Sequence[Sequence[int]]) 
 
 
 def _print_values(axes: Axes, matrix: Floats) -> None:
-    shades = _HEAT(matrix / np.nanmax(matrix, initial=1e-3))
+    shades = HEAT(matrix / np.nanmax(matrix, initial=1e-3))
     for (row, column), value in np.ndenumerate(matrix):
         if row != column and math.isfinite(value):
             dark = float(shades[row, column, :3] @ to_rgb("#4d9624")) < 0.52
@@ -608,16 +599,6 @@ def _print_values(axes: Axes, matrix: Floats) -> None:
                 fontsize=7,
                 color="white" if dark else INK,
             )
-
-
-def _layer_ticks(
-    axes: Axes, layers: Sequence[int], *, offset: float, most: int, both: bool = False
-) -> None:
-    """Label at most `most` of the layers, evenly, at their positions plus `offset`."""
-    every = math.ceil(len(layers) / most)
-    at = list(range(0, len(layers), every))
-    for axis in (axes.xaxis, axes.yaxis)[: 1 + both]:
-        axis.set_ticks([position + offset for position in at], [str(layers[i]) for i in at])
 
 
 def _log_axis(axes: Axes) -> None:
@@ -664,18 +645,3 @@ def _occupied(comparisons: Sequence[LayerComparison]) -> tuple[float, float]:
                     lows.append(edges[filled[0]])
                     highs.append(edges[filled[-1] + 1])
     return (min(lows) - 0.2, max(highs) + 0.2) if lows else (-6.0, 0.0)
-
-
-def _roomy() -> ConstrainedLayoutEngine:
-    """More room between panels, so that one's labels are not taken for the other's."""
-    return ConstrainedLayoutEngine(wspace=0.06, hspace=0.05)
-
-
-def _unique_legend(*panels: Axes) -> tuple[list[Any], list[str]]:
-    """Handles and labels, one of each label, groups first."""
-    found: dict[str, Any] = {}
-    for axes in panels:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    labels = sorted(found, key=lambda label: "per layer" in label)
-    return [found[label] for label in labels], labels

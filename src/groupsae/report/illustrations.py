@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from matplotlib.figure import Figure
 
 from groupsae.report import figures
 from groupsae.report.artefacts import Artefacts
-from groupsae.report.metrics import METRICS, number
+from groupsae.report.circuit_illustrations import circuit_illustrations
+from groupsae.report.illustration import Illustration
+from groupsae.report.metrics import METRICS, evaluated_totals, number
+from groupsae.report.similarity_illustrations import similarity_illustrations
 from groupsae.report.wording import (
     choice,
     chosen_groups,
@@ -19,18 +19,6 @@ from groupsae.report.wording import (
 )
 
 PER_LAYER = ("ce_loss_score", "r2", "l2", "l0")
-
-
-@dataclass(frozen=True)
-class Illustration:
-    """A figure that is still to be drawn, and the words that go with it."""
-
-    name: str
-    title: str
-    draw: Callable[[], Figure]
-    alt: str
-    caption: str
-    definitions: tuple[tuple[str, str], ...] = ()
 
 
 def illustrations(run: Artefacts) -> list[Illustration]:
@@ -44,7 +32,7 @@ def illustrations(run: Artefacts) -> list[Illustration]:
         found.append(_of_training(run))
     if run.reconstruction is not None and run.reconstruction["rows"]:
         found += _of_reconstruction(run, run.reconstruction)
-    return found
+    return found + circuit_illustrations(run) + similarity_illustrations(run)
 
 
 _DEFINITIONS = {
@@ -158,7 +146,7 @@ def _of_partition(partition: Mapping[str, Any]) -> Illustration:
 
 
 def _of_training(run: Artefacts) -> Illustration:
-    baseline = any(str(line["sae"]).startswith("baseline/") for line in run.metrics)
+    baseline = any(figures.is_of_a_layer(str(line["sae"])) for line in run.metrics)
     dead_after = number(run.section("training").get("dead_after_tokens"))
     dead = "Share of the latents that were silent for longer than the config allows."
     if math.isfinite(dead_after):
@@ -202,6 +190,9 @@ def _of_reconstruction(run: Artefacts, reconstruction: Mapping[str, Any]) -> lis
             definitions=tuple((METRICS[key].label, METRICS[key].definition) for key in PER_LAYER),
         )
     ]
+    totals = evaluated_totals(rows)
+    if len(totals) > 1:
+        found.append(_of_several_g(rows, totals, chosen))
     if any(figures.histogram(row) for row in rows):
         found.append(
             Illustration(
@@ -224,3 +215,22 @@ def _of_reconstruction(run: Artefacts, reconstruction: Mapping[str, Any]) -> lis
             )
         )
     return found
+
+
+def _of_several_g(
+    rows: Sequence[Mapping[str, Any]], totals: Sequence[int], chosen: int | None
+) -> Illustration:
+    baseline = any(row["partition"] == "baseline" for row in rows)
+    return Illustration(
+        name="by_number_of_groups",
+        title="Reconstruction against the number of groups",
+        draw=lambda: figures.by_number_of_groups(rows, chosen),
+        alt="Mean CE-loss score and R² over layers for G = "
+        f"{', '.join(map(str, totals))}" + (", and one SAE per layer." if baseline else "."),
+        caption="Means over the layers."
+        + (" Dashed: one SAE per layer, on the same layers." if baseline else "")
+        + " The vertical axes do not begin at 0.",
+        definitions=tuple(
+            (METRICS[key].label, METRICS[key].definition) for key in ("ce_loss_score", "r2")
+        ),
+    )

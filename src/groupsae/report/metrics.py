@@ -138,12 +138,14 @@ class LayerComparison:
 def compare(rows: Iterable[Mapping[str, Any]], chosen: int | None = None) -> list[LayerComparison]:
     """Pair the rows of `evaluation/reconstruction.json` by layer, in order of layers.
 
-    Where rows of several partitions are there, those of `chosen` groups are taken.
+    Where rows of several partitions are there, those of `chosen` groups are taken; where these are
+    not among them, those of the partition that comes first.
     """
     rows = list(rows)
     of_groups = [row for row in rows if row["partition"] == "groups"]
-    if any(row.get("groups_total") == chosen for row in of_groups):
-        of_groups = [row for row in of_groups if row.get("groups_total") == chosen]
+    totals = [row.get("groups_total") for row in of_groups]
+    shown = chosen if chosen in totals else next(iter(totals), None)
+    of_groups = [row for row in of_groups if row.get("groups_total") == shown]
     ours = {int(row["layer"]): row for row in of_groups}
     theirs = {int(row["layer"]): row for row in rows if row["partition"] == "baseline"}
     return [
@@ -155,6 +157,12 @@ def compare(rows: Iterable[Mapping[str, Any]], chosen: int | None = None) -> lis
         )
         for layer in sorted(ours.keys() | theirs.keys())
     ]
+
+
+def evaluated_totals(rows: Iterable[Mapping[str, Any]]) -> list[int]:
+    """Every G that the rows of `evaluation/reconstruction.json` are of, ascending."""
+    totals = {row.get("groups_total") for row in rows if row["partition"] == "groups"}
+    return sorted(total for total in totals if isinstance(total, int))
 
 
 def means(comparisons: Sequence[LayerComparison], key: str) -> tuple[float, float, float]:

@@ -4,11 +4,38 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from groupsae.grouping.layers import format_layers
 from groupsae.report.metrics import number
+
+# Controls, marks that turn the direction of text, lone surrogates, private use, unassigned.
+_INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+_SHORT_ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def visible(text: str, most: int = 60, drawable: Container[int] | None = None) -> str:
+    """Untrusted text on one line that disturbs nothing, of at most `most` characters.
+
+    What is invisible, turns the direction of text or breaks lines stands as its escape, and so does
+    what is not in `drawable`, the characters that a font has.
+    """
+    shown: list[str] = []
+    length = 0
+    for character in text:
+        if unicodedata.category(character) in _INVISIBLE or (
+            drawable is not None and ord(character) not in drawable
+        ):
+            code = ord(character)
+            escape = f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+            character = _SHORT_ESCAPES.get(character, escape)
+        length += len(character)
+        if length > most:
+            return "".join(shown)[: most - 1] + "…"
+        shown.append(character)
+    return "".join(shown)
 
 
 def chosen_groups(partition: Mapping[str, Any] | None) -> list[list[int]]:
@@ -26,6 +53,11 @@ def choice(partition: Mapping[str, Any]) -> str:
     if math.isfinite(threshold):
         return f"the smallest G with AMAD below {threshold:g}"
     return "G was given"
+
+
+def signed(value: float) -> str:
+    """A finite number with its sign and three digits: "+0.0123", "−4.10e−05"."""
+    return f"{value:+#.3g}".rstrip(".").replace("-", "−")
 
 
 def layer_range(layers: Sequence[int]) -> str:
