@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import pytest
 
+from groupsae import cli
 from groupsae.host.model import HostModel
 from groupsae.host.tokens import Corpus, open_corpus
 from tests.host.tiny_models import tiny_model, tiny_tokenizer
@@ -87,3 +90,23 @@ def tiny_config(tiny_host_folder: Path, tiny_text: Path) -> list[str]:
         "evaluation.tokens=1000",
         "report.formats=[png]",
     ]
+
+
+@pytest.fixture
+def groupsae(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process; returns exit code, standard output and error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["groupsae", *map(str, arguments)])
+        monkeypatch.setattr(cli.out, "_width", 100)
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call

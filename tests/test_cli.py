@@ -11,28 +11,9 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from groupsae import cli
 from groupsae.config import keys
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-
-
-@pytest.fixture
-def groupsae(monkeypatch, capsys):
-    """Run the command line in this process; returns exit code, standard output and error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["groupsae", *map(str, arguments)])
-        monkeypatch.setattr(cli.out, "_width", 100)
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def test_the_whole_job_and_then_every_stage_by_itself(groupsae, tiny_config, tmp_path):

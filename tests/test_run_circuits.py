@@ -240,3 +240,30 @@ def test_effects_are_those_of_one_forward_per_latent_where_asked(finished):
     assert exact.method == "exact"
     both = torch.stack([exact.latents[2], linear.latents[2]])
     assert float(torch.corrcoef(both)[0, 1]) > 0.9  # above the last layer there is little left
+
+
+def test_the_command_line_prints_the_areas_and_the_similarities(groupsae, copy, monkeypatch):
+    monkeypatch.setattr("groupsae.cli.out._width", 160)
+    code, out, err = groupsae("circuits", copy)
+    assert code == 0, err
+    assert "own: 32 examples for effects, 32 for scores" in out
+    for label in ("G = 2", "G = 1", "one per layer", "random", "untrained", "faithfulness"):
+        assert label in out
+    code, out, err = groupsae("similarity", copy)
+    assert code == 0, err
+    assert "MMCS" in out
+    assert "twins" in out
+
+
+def test_the_command_line_exports_layers(groupsae, copy, tmp_path):
+    code, out, err = groupsae("export", copy, "--to", "sparsify", "--layers", "0-1", "-o", tmp_path)
+    assert code == 0, err
+    assert out.count("layer ") == 2
+    assert len(list(tmp_path.glob("*/sae.safetensors"))) == 2
+    for wrong, message in (
+        (["--to", "onnx"], "known formats are sae-lens"),
+        (["--to", "sparsify", "--layers", "x"], "'x' is no layer"),
+    ):
+        code, _, err = groupsae("export", copy, *wrong)
+        assert code == 2
+        assert message in err
