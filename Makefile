@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+JOBS ?= 2  # test files at a time
 
 .PHONY: demo test check clean
 
@@ -11,7 +12,7 @@ demo: $(VENV)/.installed
 
 ## Style, types, layering and tests.
 test: $(VENV)/.installed-dev check
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --cov --cov-report=term
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov --cov-report=term
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The stages `circuits` and `similarity` of a run."""
+"""The stages `circuits`, `similarity` and `interpret` of a run."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ def finished(tiny_host_folder, tiny_text, task_file, tmp_path_factory) -> Run:
             },
             "circuits": {"tasks": [f"own={task_file}"], "examples": 64, "points": 2},
             "similarity": {"tokens": 1000},
+            "interpretation": {"tokens": 1000},
             "evaluation": {"tokens": 1000},
             "report": {"formats": ["png"]},
         }
@@ -267,3 +268,21 @@ def test_the_command_line_exports_layers(groupsae, copy, tmp_path):
         code, _, err = groupsae("export", copy, *wrong)
         assert code == 2
         assert message in err
+
+
+def test_latents_are_kept_and_their_depths_said(groupsae, copy, tmp_path):
+    code, out, err = groupsae("interpret", copy, "--delphi", tmp_path / "delphi")
+    assert code == 0, err
+    assert "layers-00" in out
+    run = Run(copy)
+    result = run.interpret()
+    cache = run.latent_cache()
+    assert set(result["saes"]) == set(cache.sae_names)
+    for name, summaries in result["saes"].items():
+        assert [row["share"] for row in summaries] == [0.1, 0.5]
+        for row in summaries:
+            assert row["one"] + row["some"] + row["all"] == pytest.approx(1)
+            assert row["layers"] == list(cache.layers(name))
+    assert len(list((tmp_path / "delphi").rglob("*.safetensors"))) == 3 * 5
+    stages = json.loads((copy / "stages.json").read_text())
+    assert {"circuits", "similarity", "interpret"} <= stages.keys()

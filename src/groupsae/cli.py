@@ -162,6 +162,24 @@ def similarity(inputs: Inputs = None, out_directory: Out = None, redo: Redo = Fa
 
 
 @app.command(epilog=_KEYS)
+def interpret(
+    inputs: Inputs = None,
+    out_directory: Out = None,
+    redo: Redo = False,
+    delphi: Annotated[
+        Path | None,
+        typer.Option(help="Also write the kept latents here, in the layout that delphi reads."),
+    ] = None,
+) -> None:
+    """Keep the latents of held-out text; say at which layers each group's latents live."""
+    run = _open(inputs, out_directory, redo)
+    _show_depth(run.interpret())
+    if delphi is not None:
+        run.export_to_delphi(delphi)
+        out.print(f"For delphi: {delphi}", soft_wrap=True, markup=False)
+
+
+@app.command(epilog=_KEYS)
 def report(inputs: Inputs = None, out_directory: Out = None, redo: Redo = False) -> None:
     """Write report.html and the figures."""
     path = _open(inputs, out_directory, redo).report()
@@ -497,6 +515,22 @@ def _show_similarity(result: dict[str, Any]) -> None:
             _number(row["concordance"]),
             *(_number(twin[key]) for key in ("mmcs", "concordance") if twins),
         )
+    _print(table)
+
+
+def _show_depth(result: dict[str, Any]) -> None:
+    """At how many of its layers a group's latents live."""
+    table = Table(
+        title="At how many of its layers a latent lives: where its firing rate is at least this "
+        "share of its largest"
+    )
+    for column in ("SAE", "share", "one", "some", "all", "silent", "layers per\nfiring token"):
+        table.add_column(column, justify="left" if column == "SAE" else "right")
+    for name, summaries in result["saes"].items():
+        for row in summaries:
+            shares = (f"{row[key]:.1%}" for key in ("one", "some", "all", "silent"))
+            persistence = f"{row['mean_persistence']:.2f} of {len(row['layers'])}"
+            table.add_row(name, f"{row['share']:.0%}", *shares, persistence)
     _print(table)
 
 

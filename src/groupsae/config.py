@@ -489,6 +489,14 @@ class SimilarityConfig(_Section):
     )
 
 
+class InterpretationConfig(_Section):
+    """What `groupsae interpret` looks at."""
+
+    tokens: Count = Field(
+        100_000, description="held-out tokens whose latents are kept (paper: 1M); 8 bytes a firing"
+    )
+
+
 class ReportConfig(_Section):
     """The page and the figures."""
 
@@ -513,6 +521,7 @@ class Config(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     circuits: CircuitsConfig = CircuitsConfig()
     similarity: SimilarityConfig = SimilarityConfig()
+    interpretation: InterpretationConfig = InterpretationConfig()
     report: ReportConfig = ReportConfig()
     provenance: dict[str, Any] | None = Field(
         None, description="written by groupsae into a run's config.yaml; not an input"

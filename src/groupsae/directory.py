@@ -30,6 +30,7 @@ _WORKS_ON = {
     "evaluate": "train",
     "circuits": "train",
     "similarity": "train",
+    "interpret": "train",
     "report": "evaluate",  # and shows what else there is
 }
 STAGES = tuple(_WORKS_ON)
@@ -49,6 +50,7 @@ _DEPENDS = {
     "evaluate": ("evaluation",),
     "circuits": ("circuits",),
     "similarity": ("similarity",),
+    "interpret": ("interpretation",),
     "report": ("report",),
 }
 # Keys that change how a stage is carried out, but not what comes out.

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from groupsae.grouping.table import PartitionTable
     from groupsae.host.model import HostModel
     from groupsae.host.tokens import Corpus, TokenStream
+    from groupsae.interop import Metadata
+    from groupsae.interpretation.latent_cache import LatentCache
     from groupsae.sae import SAE
     from groupsae.sweep import Member
     from groupsae.training.activation_cache import CachedActivations
@@ -272,6 +274,54 @@ class Run:
                 write_json(path, result)
         return read_json(path, rows=list)
 
+    def interpret(self) -> dict[str, Any]:
+        """Keep the latents of held-out text and say at which layers each group's latents live.
+
+        Returns:
+            The content of `interpretation/depth.json`; the latents lie in `interpretation/cache`.
+        """
+        path = self.directory / "interpretation" / "depth.json"
+        with self._stages.stage("interpret", path) as todo:
+            if todo:
+                from groupsae.interpretation import depth
+                from groupsae.interpretation.cache_pass import write_latent_cache
+
+                subject, folder = self.subjects()[0], path.parent / "cache"
+                shutil.rmtree(folder, ignore_errors=True)  # of another config, or stopped midway
+                cache = write_latent_cache(
+                    folder,
+                    self.host,
+                    self.corpus.held_out(),
+                    {(name, layer): sae for layer, (name, sae) in _named(subject).items()},
+                    tokens=self.config.interpretation.tokens,
+                    batch_contexts=self.config.evaluation.batch_contexts,
+                    special=self._special,
+                )
+                profiles = {name: depth.depth_profile(cache, name) for name in cache.sae_names}
+                result = {
+                    "definitions": depth.DEFINITIONS,
+                    "saes": {
+                        name: [profile.summary(share) for share in (depth.SHARE, 0.5)]
+                        for name, profile in profiles.items()
+                    },
+                }
+                write_json(path, result)
+        return read_json(path, saes=dict)
+
+    def latent_cache(self) -> LatentCache:
+        """The latents that `interpret` kept: every firing on held-out text, by SAE and layer."""
+        from groupsae.interpretation.latent_cache import LatentCache
+
+        self._stages.need("interpretation/depth.json", "interpret")
+        return LatentCache(self.directory / "interpretation" / "cache")
+
+    def export_to_delphi(self, directory: Path) -> None:
+        """Write the kept latents as delphi reads them, for its explainers and scorers."""
+        from groupsae.interop.delphi import write_delphi
+
+        names = {layer: name for layer, (name, _) in _named(self.subjects()[0]).items()}
+        write_delphi(directory, self.latent_cache(), names, self._metadata())
+
     def export(self, format: str, directory: Path, layers: Sequence[int] = ()) -> dict[int, Path]:
         """Write each layer's SAE, its group's, in the format of another library.
 
@@ -286,9 +336,7 @@ class Run:
         Raises:
             InputError: If the run has no such layer, or as :func:`groupsae.interop.export_saes`.
         """
-        from groupsae.grouping.table import PartitionTable
-        from groupsae.host.tokens import joints_of
-        from groupsae.interop import Metadata, export_saes
+        from groupsae.interop import export_saes
 
         saes = self.subjects()[0].saes
         unknown = sorted(set(layers) - set(saes))
@@ -297,19 +345,8 @@ class Run:
                 f"--layers: {', '.join(map(str, unknown))} are not covered by {self.directory}; "
                 f"its layers are {', '.join(map(str, saes))}"
             )
-        tokens = self.config.tokens
-        table = PartitionTable.from_json(read_json(self.directory / "partition.json"))
-        metadata = Metadata(
-            model_name=self.config.host.name,
-            block_path=self.host.block_path,
-            context_size=tokens.context_length,
-            prepend_bos=joints_of(self.host.tokenizer, tokens.prepend_bos).bos is not None,
-            dataset=tokens.source,
-            exclude_special_tokens=tokens.exclude_special,
-            amad=table.by_groups[table.chosen].amad,
-        )
-        wanted = layers or list(saes)
-        return export_saes({layer: saes[layer] for layer in wanted}, directory, format, metadata)
+        wanted = {layer: saes[layer] for layer in layers or saes}
+        return export_saes(wanted, directory, format, self._metadata())
 
     @classmethod
     def of_imported(
@@ -575,6 +612,24 @@ class Run:
         """The groups that were chosen."""
         return self.partitions()[0]
 
+    def _metadata(self) -> Metadata:
+        """Where the SAEs come from, as other libraries are told."""
+        from groupsae.grouping.table import PartitionTable
+        from groupsae.host.tokens import joints_of
+        from groupsae.interop import Metadata
+
+        tokens = self.config.tokens
+        table = PartitionTable.from_json(read_json(self.directory / "partition.json"))
+        return Metadata(
+            model_name=self.config.host.name,
+            block_path=self.host.block_path,
+            context_size=tokens.context_length,
+            prepend_bos=joints_of(self.host.tokenizer, tokens.prepend_bos).bos is not None,
+            dataset=tokens.source,
+            exclude_special_tokens=tokens.exclude_special,
+            amad=table.by_groups[table.chosen].amad,
+        )
+
     def _what_was_equal(self) -> str:
         """What the SAEs that are compared had in common in training."""
         path = self._stages.need("training.json", "train")
@@ -802,6 +857,13 @@ def cost_model(config: Config, n_layers: int, d_model: int) -> CostModel:
         context_length=config.tokens.context_length,
         d_sae=config.sae.width(d_model),
     )
+
+
+def _named(subject: Subject) -> dict[int, tuple[str, SAE]]:
+    """The SAE of each layer with the name of its folder."""
+    from groupsae.sae import directory_name
+
+    return {layer: (directory_name(sae.layers), sae) for layer, sae in subject.saes.items()}
 
 
 def _load(asked: HostConfig) -> HostModel:
