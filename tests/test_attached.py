@@ -51,9 +51,7 @@ def prompts(seed: int = 0) -> dict[str, Tensor]:
 
 
 def generate(model) -> Tensor:
-    return model.generate(
-        **prompts(), max_new_tokens=6, do_sample=False, pad_token_id=PAD, **options
-    )
+    return model.generate(**prompts(), max_new_tokens=6, do_sample=False, pad_token_id=PAD)
 
 
 @contextmanager

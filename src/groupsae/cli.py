@@ -19,7 +19,14 @@ from groupsae import __version__
 from groupsae.config import Config, keys
 from groupsae.directory import RunDirectory, stored_config
 from groupsae.errors import InputError
-from groupsae.run import Run, chosen_beforehand, cost_model, covered_layers, grouped
+from groupsae.run import (
+    Run,
+    chosen_beforehand,
+    cost_model,
+    covered_layers,
+    grouped,
+    local_directory,
+)
 
 if TYPE_CHECKING:
     from groupsae.grouping.matrix import Distances
@@ -265,6 +272,23 @@ def import_(
     out.print(f"Run: {run.directory}", soft_wrap=True, markup=False)
 
 
+@app.command()
+def push(
+    directory: Annotated[Path, typer.Argument(metavar="RUN", show_default=False)],
+    repository: Annotated[str, typer.Argument(metavar="USER/REPO", show_default=False)],
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see it.")] = False,
+    license: Annotated[str | None, typer.Option(help="For the model card: mit, ...")] = None,
+    host_name: Annotated[
+        str | None, typer.Option(help="The host's name on the hub, where the run has a local one.")
+    ] = None,
+) -> None:
+    """Publish a run with a model card on the Hugging Face hub; private unless --public."""
+    address = Run(directory).push(
+        repository, private=not public, license=license, host_name=host_name
+    )
+    out.print(f"Published: {address}", soft_wrap=True, markup=False)
+
+
 @app.command(epilog=_KEYS)
 def plan(inputs: Inputs = None) -> None:
     """Check a config and print what it would cost for every G; loads no weights if it can."""
@@ -319,7 +343,7 @@ def _fail(message: str, code: int) -> None:
 def _config(inputs: list[str] | None) -> tuple[Config, Path | None]:
     """The config that the arguments mean, and the run directory if they name one."""
     inputs = list(inputs or [])
-    target = Path(inputs.pop(0)) if inputs and "=" not in inputs[0] else None
+    target = local_directory(inputs.pop(0)) if inputs and "=" not in inputs[0] else None
     extra = [text for text in inputs if "=" not in text]
     if extra:
         raise InputError(f"{extra[0]!r} is no KEY=VALUE; only the first argument may be a file")

@@ -18,6 +18,11 @@ from groupsae.directory import RunDirectory, read_json, stored_config, write_jso
 from groupsae.errors import InputError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    import torch
+
+    from groupsae.attached import Attached, Where
     from groupsae.circuits import CircuitStage
     from groupsae.evaluation.attribution import Effects
     from groupsae.evaluation.circuits import Curve
@@ -27,11 +32,13 @@ if TYPE_CHECKING:
     from groupsae.grouping.matrix import Distances
     from groupsae.grouping.partition import Partition
     from groupsae.grouping.table import PartitionTable
+    from groupsae.host.blocks import PreTrainedModel
     from groupsae.host.model import HostModel
     from groupsae.host.tokens import Corpus, TokenStream
     from groupsae.interop import Metadata
     from groupsae.interpretation.latent_cache import LatentCache
     from groupsae.sae import SAE
+    from groupsae.sae.layer import LayerSAE
     from groupsae.sweep import Member
     from groupsae.training.activation_cache import CachedActivations
     from groupsae.training.start import Start
@@ -66,7 +73,7 @@ class Run:
     Host model and text are opened when a stage first needs them.
 
     Args:
-        directory: Made where it is missing.
+        directory: Made where it is missing. `hub://USER/REPO[@REVISION]` is fetched.
         config: By default the directory's own, or the defaults in a new one.
         redo: Where the directory holds stages of another config: repeat these, and what follows.
         host: The model that `config.host` names, where it is in memory already.
@@ -84,7 +91,7 @@ class Run:
         redo: bool = False,
         host: HostModel | None = None,
     ) -> None:
-        self.directory = Path(directory)
+        self.directory = local_directory(directory)
         self._host = host
         self._stages = RunDirectory(self.directory, config, redo=redo)
         self.config = self._stages.config
@@ -539,7 +546,7 @@ class Run:
         saes: dict[str, SAE] = {}
         for name in sorted(names, key=lambda name: name.startswith("baseline/")):
             group = name.removeprefix("baseline/")  # a group of one layer is its own baseline
-            saes[name] = saes[group] if group in saes else SAE.load(root / name, self.host.device)
+            saes[name] = saes[group] if group in saes else SAE.load(root / name, self._device)
         return {name: saes[name] for name in names}
 
     def sae(self, layer: int) -> SAE:
@@ -548,7 +555,51 @@ class Run:
 
         self._stages.need("training.json", "train")
         group = self._partition().group_of(layer)
-        return SAE.load(self.directory / "saes" / directory_name(group), self.host.device)
+        return SAE.load(self.directory / "saes" / directory_name(group), self._device)
+
+    def layer_sae(self, layer: int) -> LayerSAE:
+        """The SAE of the layer's group as that layer sees it: raw residual streams in and out."""
+        return self.sae(layer).at(layer)
+
+    def attached(
+        self,
+        model: PreTrainedModel | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+        partition: str = "groups",
+        where: Where | None = None,
+    ) -> AbstractContextManager[Attached]:
+        """Attach SAEs to a model of transformers, to record, splice and steer in its own forwards.
+
+            with run.attached(model) as saes:
+                saes.add(layer=4, latent=17, value=8.0)
+                model.generate(**prompt)
+
+        Args:
+            model: By default the run's host model; else another of its kind.
+            layers: By default all that the run covers.
+            partition: "groups", "baseline", or "G=4" of several.
+            where: As in :func:`groupsae.attached.attached`.
+        """
+        from groupsae.attached import attached, named
+
+        saes = named(self.subjects(), partition).saes
+        return attached(self.host, saes, model, layers=layers, special=self._special, where=where)
+
+    def push(
+        self,
+        repository: str,
+        *,
+        private: bool = True,
+        license: str | None = None,
+        host_name: str | None = None,
+    ) -> str:
+        """Publish the run on the Hugging Face hub: see :func:`groupsae.interop.hub.push`."""
+        from groupsae.interop.hub import push
+
+        return push(
+            self.directory, repository, private=private, license=license, host_name=host_name
+        )
 
     @cached_property
     def host(self) -> HostModel:
@@ -603,6 +654,13 @@ class Run:
         from groupsae.circuits import CircuitStage
 
         return CircuitStage(self.host, self._stages, self.subjects(), self._special)
+
+    @property
+    def _device(self) -> torch.device:
+        """Where SAEs go: known without the host model."""
+        from groupsae.host.loading import resolve_device
+
+        return resolve_device(self.config.host.device)
 
     @property
     def _special(self) -> frozenset[int]:
@@ -794,6 +852,15 @@ class Run:
         if not (path.exists() and set(layers) <= set(load_moments(path).layers)):
             self._measure(layers)
         return load_moments(path)
+
+
+def local_directory(name: Path | str) -> Path:
+    """The folder of a run; `hub://USER/REPO[@REVISION]` is fetched first."""
+    if not str(name).startswith("hub:/"):  # a Path has lost a slash
+        return Path(name)
+    from groupsae.interop.hub import open_hub_run
+
+    return open_hub_run(name)
 
 
 def grouped(distances: Distances, config: Config, cost: CostModel | None = None) -> PartitionTable:

@@ -375,3 +375,30 @@ def test_the_token_is_nowhere_but_in_the_requests(finished, hub, monkeypatch, ca
         assert any(sent == f"Bearer {TOKEN}" for _, _, sent in hub.requests)
         assert REPO in hub.repositories
     assert huggingface_hub.get_token() == token
+
+
+def test_a_run_is_pushed_and_opened_by_its_name(finished, hub, groupsae, tmp_path):
+    code, out, err = groupsae("push", finished, REPO, "--license", "mit")
+    assert code == 0, err
+    assert REPO in out
+    assert hub.repositories[REPO].private
+    fetched, own = Run(f"hub://{REPO}"), Run(finished)
+    for layer in range(3):  # without the host model, whose folder is of another machine
+        view, sae, x = fetched.layer_sae(layer), own.sae(layer), torch.randn(7, 32)
+        torch.testing.assert_close(view(x), sae(x, layer))
+    code, out, err = groupsae("push", finished, "no-owner")
+    assert code == 2
+    assert "no-owner" in err
+    assert TOKEN not in out + err
+
+
+def test_a_run_is_attached_to_a_model(finished):
+    run = Run(finished)
+    ids = torch.randint(2, 96, (2, 6))
+    with run.attached(layers=[1], partition="baseline") as saes:
+        saes.record()
+        run.host.model(input_ids=ids)
+    (latents,) = saes.latents[1]
+    x = run.host.residual_streams(ids, [1])[1]
+    expected = run.saes()["baseline/layers-01"].encode(x, 1)
+    torch.testing.assert_close(latents.dense(48), expected.dense(48))

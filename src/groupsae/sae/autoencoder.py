@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from groupsae.architectures import ARCHITECTURES, BY_BATCH, BY_COUNT, check_opti
 from groupsae.errors import InputError
 from groupsae.files import replacing, write_text
 from groupsae.sae.sparsity import Latents, batch_cut, positive, topk
+
+if TYPE_CHECKING:
+    from groupsae.sae.layer import LayerSAE
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae.safetensors"
@@ -177,13 +180,37 @@ class SAE(nn.Module):
         """The member layers, from below."""
         return self.config.layers
 
+    def member(self, layer: int) -> int:
+        """Position of `layer` among the member layers.
+
+        Raises:
+            InputError: If it is none of them.
+        """
+        try:
+            return self.config.layers.index(layer)
+        except ValueError:
+            raise InputError(
+                f"layer {layer} is no member of this SAE; its layers are "
+                f"{', '.join(map(str, self.config.layers))}"
+            ) from None
+
+    def at(self, layer: int) -> LayerSAE:
+        """The SAE as one of its member layers sees it: `encode(x)` instead of `encode(x, layer)`.
+
+        Raises:
+            InputError: If the layer is no member.
+        """
+        from groupsae.sae.layer import LayerSAE
+
+        return LayerSAE(self, layer)
+
     def encode(self, x: Float[Tensor, "*token d_model"], layer: int) -> Latents:
         """The active latents of residual streams x of `layer`."""
-        return self.encode_normalized(self.normalize(x, layer), self._member(layer))
+        return self.encode_normalized(self.normalize(x, layer), self.member(layer))
 
     def decode(self, latents: Latents, layer: int) -> Float[Tensor, "*token d_model"]:
         """Reconstruct residual streams of `layer` from latents."""
-        return self.denormalize(self.decode_normalized(latents, self._member(layer)), layer)
+        return self.denormalize(self.decode_normalized(latents, self.member(layer)), layer)
 
     def forward(self, x: Float[Tensor, "*token d_model"], layer: int) -> Tensor:
         """Reconstruct x, residual streams of `layer`: decode(encode(x)), in x's dtype."""
@@ -193,14 +220,14 @@ class SAE(nn.Module):
         self, x: Float[Tensor, "*token d_model"], layer: int
     ) -> Float[Tensor, "*token d_model"]:
         """s_l (x - m_l), in the weights' dtype."""
-        member = self._member(layer)
+        member = self.member(layer)
         return (x.to(self.W_enc.dtype) - self.mean[member]) * self.scale[member]
 
     def denormalize(
         self, x: Float[Tensor, "*token d_model"], layer: int
     ) -> Float[Tensor, "*token d_model"]:
         """x / s_l + m_l: the inverse of :meth:`normalize`."""
-        member = self._member(layer)
+        member = self.member(layer)
         return x / self.scale[member] + self.mean[member]
 
     def encode_normalized(
@@ -391,15 +418,6 @@ class SAE(nn.Module):
                 "program"
             ) from error
         return sae
-
-    def _member(self, layer: int) -> int:
-        try:
-            return self.config.layers.index(layer)
-        except ValueError:
-            raise InputError(
-                f"layer {layer} is no member of this SAE; its layers are "
-                f"{', '.join(map(str, self.config.layers))}"
-            ) from None
 
 
 def directory_name(layers: Sequence[int]) -> str:
