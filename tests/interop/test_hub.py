@@ -14,11 +14,12 @@ from huggingface_hub import constants
 
 from groupsae.config import Config
 from groupsae.errors import InputError
+from groupsae.interop import import_saes
 from groupsae.interop.card import model_card
 from groupsae.interop.hub import download, open_hub_run, push
 from groupsae.interop.publication import publication
 from groupsae.run import Run
-from tests.interop.fake_hub import TOKEN, FakeHub, fake_hub
+from tests.interop.fake_hub import TOKEN, FakeHub, Repository, fake_hub
 
 REPO = "ada/tiny-group-saes"
 
@@ -402,3 +403,30 @@ def test_a_run_is_attached_to_a_model(finished):
     x = run.host.residual_streams(ids, [1])[1]
     expected = run.saes()["baseline/layers-01"].encode(x, 1)
     torch.testing.assert_close(latents.dense(48), expected.dense(48))
+
+
+def test_saes_of_other_libraries_are_read_from_the_hub(finished, hub, tmp_path):
+    own = Run(finished)
+    folders = own.export("sae-lens", tmp_path / "exported")
+    files = {
+        f"{prefix}/{folder.name}/{path.name}": path.read_bytes()
+        for prefix in ("kept", "other")
+        for folder in folders.values()
+        for path in folder.iterdir()
+    }
+    hub.repositories[REPO] = Repository(
+        private=True, files=files | {"kept/evil.py": b"1"}, commits=1
+    )
+    saes = import_saes([Path(f"hub://{REPO}/kept")])
+    assert list(saes) == [f"baseline/layers-{layer:02d}" for layer in range(3)]
+    x = torch.randn(9, 32)
+    for layer, sae in own.subjects()[0].saes.items():
+        torch.testing.assert_close(saes[f"baseline/layers-{layer:02d}"](x, layer), sae(x, layer))
+    fetched = {path.name for path in (tmp_path / "cache").rglob("*")}
+    assert "evil.py" not in fetched
+    assert not list((tmp_path / "cache").rglob("other*"))
+    with pytest.raises(InputError, match="has no folder 'nowhere'; it holds kept"):
+        import_saes([Path(f"hub://{REPO}/nowhere")])
+    hub.repositories[REPO].files["kept/../../evil.json"] = b"{}"
+    with pytest.raises(InputError, match="leads out of its folder"):
+        import_saes([Path(f"hub://{REPO}/kept")])

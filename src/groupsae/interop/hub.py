@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
@@ -25,6 +25,11 @@ log = logging.getLogger(__name__)
 _HUB = re.compile(r"hub:/{1,2}(?P<repository>[^@]+)(?:@(?P<revision>.+))?")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _READ = ("*.json", "*.safetensors", "*.yaml", "*.md")
+_SAE_FILES = ("*.json", "*.safetensors", "*.pt")
+_BESIDE = ("config.json", "scaling_factors.pt")
+_HUB_FOLDER = re.compile(
+    r"hub:/{1,2}(?P<repository>[^@/]+/[^@/]+)(?P<folder>/[^@]*)?(?:@(?P<revision>.+))?"
+)
 _NEEDED = ("config.yaml", "stages.json", "training.json")
 _OWN_FOLDERS = ("saes/", "evaluation/", "figures/")
 _ANYBODYS = {".gitattributes", CARD, "LICENSE", "LICENSE.md", "LICENSE.txt"}
@@ -90,32 +95,36 @@ def download(repository: str, revision: str | None = None, *, into: Path | None 
         InputError: The repository is not there or not a run's, holds file names that lead out of
             its folder, or the hub refuses or cannot be reached.
     """
-    from huggingface_hub import snapshot_download
+    return _fetch(repository, revision, _READ, _check_run, into=into)
 
-    _check_name(repository)
-    at = repository if revision is None else f"{repository}@{revision}"
-    names: list[str] | None = None
-    try:
-        names = _asked(at, lambda: _api().list_repo_files(repository, revision=revision))
-    except _UnreachableError:
-        log.info("the hub cannot be reached; %s is looked for in its cache", at)
-    if names is not None:
-        _check_files(at, names)
 
-    def fetch() -> str:
-        return snapshot_download(
-            repository,
-            revision=revision,
-            local_dir=into,
-            local_files_only=names is None,
-            allow_patterns=list(_READ),
-            library_name="groupsae",
-            library_version=version("groupsae"),
-        )
+def download_saes(name: str | Path) -> Path:
+    """Fetch SAEs of any library: `hub://USER/REPO[/FOLDER][@REVISION]`, for `groupsae import`.
 
-    folder = Path(_asked(at, fetch))
-    _check_files(at, [path.name for path in folder.iterdir()])
-    return folder
+    JSON, safetensors and torch state dicts are fetched, and no others: what lies in the folder, and
+    configurations and scales beside it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: As :func:`download`; or there is no such folder.
+    """
+    match = _HUB_FOLDER.fullmatch(str(name))
+    if match is None:
+        raise InputError(f"{name} is nothing on the hub; write it as hub://USER/REPO/FOLDER")
+    folder = (match["folder"] or "").strip("/")
+    parents = [str(parent) for parent in PurePosixPath(folder).parents] if folder else []
+    beside = [str(PurePosixPath(parent) / file) for parent in parents for file in _BESIDE]
+    below = f"{folder}/" if folder else ""
+
+    def check(repository: str, names: Sequence[str]) -> None:
+        _check_names(repository, names)
+        if not any(name.startswith(below) for name in names):
+            raise InputError(f"{repository} has no folder {folder!r}; it holds {_listed(names)}")
+
+    patterns = [*beside, *(below + pattern for pattern in _SAE_FILES)]
+    return _fetch(match["repository"], match["revision"], patterns, check) / folder
 
 
 def open_hub_run(name: str | Path, revision: str | None = None) -> Path:
@@ -132,6 +141,44 @@ def open_hub_run(name: str | Path, revision: str | None = None) -> Path:
     if match is None:
         raise InputError(f"{name} is no run on the hub; write it as hub://USER/REPO")
     return download(match["repository"], revision or match["revision"])
+
+
+def _fetch(
+    repository: str,
+    revision: str | None,
+    patterns: Sequence[str],
+    check: Callable[[str, Sequence[str]], None],
+    *,
+    into: Path | None = None,
+) -> Path:
+    """The repository's files of these patterns, from the cache where the hub cannot be reached."""
+    from huggingface_hub import snapshot_download
+
+    _check_name(repository)
+    at = repository if revision is None else f"{repository}@{revision}"
+    names: list[str] | None = None
+    try:
+        names = _asked(at, lambda: _api().list_repo_files(repository, revision=revision))
+    except _UnreachableError:
+        log.info("the hub cannot be reached; %s is looked for in its cache", at)
+    if names is not None:
+        check(at, names)
+
+    def fetch() -> str:
+        return snapshot_download(
+            repository,
+            revision=revision,
+            local_dir=into,
+            local_files_only=names is None,
+            allow_patterns=list(patterns),
+            library_name="groupsae",
+            library_version=version("groupsae"),
+        )
+
+    folder = Path(_asked(at, fetch))
+    found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    check(at, found)
+    return folder
 
 
 class _UnreachableError(InputError):
@@ -247,8 +294,8 @@ def _check_name(repository: str) -> None:
         raise InputError(f"{repository!r} is no repository of the hub; write USER/REPO")
 
 
-def _check_files(repository: str, names: list[str]) -> None:
-    """Refuse what is no run, and names that would be written outside the folder."""
+def _check_names(repository: str, names: Sequence[str]) -> None:
+    """Refuse names that would be written outside the folder."""
     for name in names:
         parts = PurePosixPath(name).parts
         if name.startswith("/") or ".." in parts or "\\" in name or ":" in name:
@@ -256,9 +303,19 @@ def _check_files(repository: str, names: list[str]) -> None:
                 f"{repository} holds a file name that leads out of its folder: {name!r}; it is not "
                 "read"
             )
+
+
+def _check_run(repository: str, names: Sequence[str]) -> None:
+    """Refuse what is no run, too."""
+    _check_names(repository, names)
     missing = [name for name in _NEEDED if name not in names]
     if missing:
         raise InputError(
             f"{repository} holds no run of groupsae: {', '.join(missing)} is missing; SAEs of "
-            "another library are read from a folder by `groupsae import`"
+            f"another library are read by `groupsae import hub://{repository}`"
         )
+
+
+def _listed(names: Sequence[str]) -> str:
+    folders = sorted({str(PurePosixPath(name).parent) for name in names})
+    return ", ".join(folders[:10]) + (", ..." if len(folders) > 10 else "")

@@ -40,7 +40,8 @@ def import_saes(
     """Read the SAEs of other libraries, and of the published Group-SAE weights.
 
     Args:
-        folders: Of one SAE each, or of many in folders below it.
+        folders: Of one SAE each, or of many in folders below it; `hub://USER/REPO[/FOLDER]` is
+            fetched.
         format: One of `IMPORT_FORMATS`; by default what each folder looks like.
         layers: The member layers of each SAE, in the order of the folders; by default as they say
             themselves.
@@ -52,7 +53,7 @@ def import_saes(
     Raises:
         InputError: If a folder holds no SAE that can be read, or two are of the same layers.
     """
-    found = [sae for folder in folders for sae in _saes_in(folder)]
+    found = [sae for folder in folders for sae in _saes_in(_fetched(folder))]
     if layers is not None and len(layers) != len(found):
         raise InputError(
             f"--layers: {len(layers)} are given, but there are {len(found)} SAEs: "
@@ -128,6 +129,14 @@ def detect(folder: Path) -> str:
         f"{folder} holds no SAE of a known format ({', '.join(IMPORT_FORMATS)}): "
         f"{looks or f'it holds {inside}'}"
     )
+
+
+def _fetched(folder: Path) -> Path:
+    if not str(folder).startswith("hub:/"):
+        return folder
+    from groupsae.interop.hub import download_saes
+
+    return download_saes(folder)
 
 
 def _saes_in(folder: Path) -> list[Path]:
