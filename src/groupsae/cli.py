@@ -523,7 +523,8 @@ def _show_similarity(result: dict[str, Any]) -> None:
     twins = {row["layer"]: row for row in result["yardstick"] or ()}
     table = Table(
         title=f"A layer's own SAE and its group's; firing on {result['tokens']:,} held-out tokens",
-        caption=None if twins else "training.twins=true adds what two SAEs of one layer have",
+        caption=f"Dictionaries of random directions have an MMCS of {result['chance']:.3f}."
+        + ("" if twins else " training.twins=true adds what two SAEs of one layer have."),
     )
     for column in ("G", "layer", "MMCS\nto layer", "MMCS\nto group", "concordance"):
         table.add_column(column, justify="right")

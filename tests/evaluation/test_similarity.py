@@ -11,7 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from groupsae.errors import InputError
 from groupsae.evaluation import similarity
-from groupsae.evaluation.similarity import best_matches, decoder_rows, evaluate_similarity
+from groupsae.evaluation.similarity import (
+    best_matches,
+    chance,
+    decoder_rows,
+    evaluate_similarity,
+)
 from groupsae.host.tokens import EndOfText
 from groupsae.sae import SAE, Latents, SAEConfig
 
@@ -260,8 +265,8 @@ def test_every_distinct_pair_is_compared_once(host, corpus, saes, monkeypatch):
     evaluate(host, corpus, baselines, groups, None)
     gains = baselines[0].config.learned_affine == "gain"
     # Every baseline with every baseline, the SAE of all layers and that of the upper two: with
-    # gains these have other directions at each of their layers.
-    assert compared["best_matches"] == 3 * (3 + (3 + 2 if gains else 1 + 1))
+    # gains these have other directions at each of their layers. And once for chance.
+    assert compared["best_matches"] == 3 * (3 + (3 + 2 if gains else 1 + 1)) + 1
     # Of G = 2 the matrix, of G = 1 and 3 the diagonals; (0, 0) belongs to both 2 and 3.
     assert compared["concordance"] == 9 + 3 + 2
 
@@ -294,3 +299,9 @@ def test_bad_input_is_refused_before_any_forward(host, corpus, saes, monkeypatch
 def test_fewer_tokens_than_asked_are_refused(host, corpus, saes):
     with pytest.raises(EndOfText, match=r"contexts of 16 tokens .* are asked for"):
         evaluate(host, corpus, *saes, tokens=10**6, batch_contexts=64)
+
+
+def test_chance_is_what_unrelated_dictionaries_have():
+    sae, other = make_sae((0,), seed=3), make_sae((0,), seed=4)  # both new: random directions
+    unrelated = float(best_matches(sae.W_dec.data, other.W_dec.data)[0].mean())
+    assert chance(sae) == pytest.approx(unrelated, abs=0.05)

@@ -24,6 +24,8 @@ from groupsae.progress import progress
 from groupsae.sae import SAE
 
 DEFINITIONS = {
+    "chance": "MMCS of two dictionaries of random directions as large as a layer's baseline: what "
+    "SAEs that have nothing in common have",
     "mmcs_group_to_layer": "mean over the latents of the group's SAE of the largest cosine of a "
     "latent's decoder row with a decoder row of the layer's baseline SAE (mean maximum cosine "
     "similarity). Latents that never fire are among them. A group of one layer whose SAE is its "
@@ -88,7 +90,8 @@ def evaluate_similarity(
 
     Returns:
         The content of `evaluation/similarity.json`: "definitions", "layers", "tokens",
-        "excluded_special_tokens", "rows" (one per G and layer), "matrices" and "yardstick".
+        "excluded_special_tokens", "chance", "rows" (one per G and layer), "matrices" and
+        "yardstick".
 
     Raises:
         InputError: If a layer has no baseline, partitions cover different layers, one of
@@ -118,6 +121,7 @@ def evaluate_similarity(
         "layers": layers,
         "tokens": sets.tokens,
         "excluded_special_tokens": sets.excluded,
+        "chance": chance(next(iter(baselines.values()))),
         "rows": [
             {
                 "groups_total": G,
@@ -235,6 +239,15 @@ def _alike(pairs: Iterable[_Pair], baselines: Mapping[int, SAE]) -> dict[_Pair, 
             compared[pair] = _Matches(*best_matches(other, baseline))
             bar.advance(1)
     return {pair: compared[pair.of_directions()] for pair in pairs}
+
+
+def chance(sae: SAE) -> float:
+    """The MMCS of two dictionaries of this size with random directions."""
+    one, other = (
+        torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(seed))
+        for seed in (0, 1)
+    )
+    return float(best_matches(one, other)[0].double().mean())
 
 
 class _Largest:
