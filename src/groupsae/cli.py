@@ -19,14 +19,9 @@ from groupsae import __version__
 from groupsae.config import Config, keys
 from groupsae.directory import RunDirectory, stored_config
 from groupsae.errors import InputError
-from groupsae.run import (
-    Run,
-    chosen_beforehand,
-    cost_model,
-    covered_layers,
-    grouped,
-    local_directory,
-)
+from groupsae.opened import local_directory
+from groupsae.planning import chosen_beforehand, cost_model, covered_layers, grouped
+from groupsae.run import Run
 
 if TYPE_CHECKING:
     from groupsae.grouping.matrix import Distances

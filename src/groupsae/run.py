@@ -13,32 +13,27 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 
-from groupsae.config import Config, HostConfig
-from groupsae.directory import RunDirectory, read_json, stored_config, write_json
+from groupsae.config import Config
+from groupsae.directory import read_json, stored_config, write_json
 from groupsae.errors import InputError
+from groupsae.opened import OpenRun, load_host
+from groupsae.planning import chosen_beforehand, grouped
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
-
-    import torch
 
     from groupsae.attached import Attached, Where
     from groupsae.circuits import CircuitStage
     from groupsae.evaluation.attribution import Effects
     from groupsae.evaluation.circuits import Curve
     from groupsae.evaluation.subject import Subject
-    from groupsae.grouping.cost import CostModel
     from groupsae.grouping.distance import Moments
     from groupsae.grouping.matrix import Distances
-    from groupsae.grouping.partition import Partition
     from groupsae.grouping.table import PartitionTable
     from groupsae.host.blocks import PreTrainedModel
-    from groupsae.host.model import HostModel
-    from groupsae.host.tokens import Corpus, TokenStream
-    from groupsae.interop import Metadata
+    from groupsae.host.tokens import TokenStream
     from groupsae.interpretation.latent_cache import LatentCache
     from groupsae.sae import SAE
-    from groupsae.sae.layer import LayerSAE
     from groupsae.sweep import Member
     from groupsae.training.activation_cache import CachedActivations
     from groupsae.training.start import Start
@@ -59,7 +54,7 @@ class _Row(TypedDict):
     l0: float
 
 
-class Run:
+class Run(OpenRun):
     """One host model, one partition, one set of SAEs, in one directory.
 
     Each of `distances`, `groups`, `train`, `evaluate` and `report` carries out one stage from the
@@ -82,19 +77,6 @@ class Run:
         InputError: If the directory holds something else, or stages of another config and not
             `redo`.
     """
-
-    def __init__(
-        self,
-        directory: Path | str,
-        config: Config | None = None,
-        *,
-        redo: bool = False,
-        host: HostModel | None = None,
-    ) -> None:
-        self.directory = local_directory(directory)
-        self._host = host
-        self._stages = RunDirectory(self.directory, config, redo=redo)
-        self.config = self._stages.config
 
     def all(self) -> Path:
         """Carry out every stage that is not done yet; returns the report's path."""
@@ -384,7 +366,7 @@ class Run:
 
         saes = import_saes(folders, format=format, layers=layers)
         config = imports.config_of(saes, config or Config())
-        host = _load(config.host)
+        host = load_host(config.host)
         imports.check_host(saes, host)
         run = cls(directory, config, host=host)
         run.distances()
@@ -498,69 +480,6 @@ class Run:
                 write_json(path, grouped(distances, self.config, cost).to_json())
         return PartitionTable.from_json(read_json(path))
 
-    def partitions(self) -> list[Partition]:
-        """The partitions that SAEs are trained for: the chosen one, then `training.also_groups`.
-
-        Raises:
-            InputError: If there is none of a number of groups that is asked for.
-        """
-        from groupsae.grouping.table import PartitionTable
-
-        table = read_json(self._stages.need("partition.json", "groups"))
-        partitions = PartitionTable.from_json(table)
-        asked = self.config.training.also_groups
-        known = {G: row.partition for G, row in partitions.by_groups.items()}
-        for G in () if asked == "all" else asked:
-            if G not in known:
-                raise InputError(
-                    f"training.also_groups: there is no partition into {G} groups; known are "
-                    f"{', '.join(map(str, sorted(known)))}"
-                )
-        others = sorted(set(known if asked == "all" else asked) - {partitions.chosen})
-        return [known[G] for G in (partitions.chosen, *others)]
-
-    def subjects(self) -> list[Subject]:
-        """The trained SAEs by partition: the chosen one, the others, the baseline, all by layer."""
-        from groupsae.evaluation.subject import Subject
-        from groupsae.sae import directory_name
-
-        saes = self.saes()
-        found = []
-        for partition in self.partitions():
-            own = {group: saes[directory_name(group)] for group in partition.groups}
-            by_layer = {layer: sae for group, sae in own.items() for layer in group}
-            found.append(Subject("groups", by_layer))
-        baseline = self._of_each_layer(saes, "baseline")
-        return found + ([Subject("baseline", baseline)] if baseline else [])
-
-    def saes(self) -> dict[str, SAE]:
-        """All trained SAEs by name.
-
-        `layers-03-06` for groups, `baseline/layers-03` for layers, `twin/layers-03` for those of
-        another seed.
-        """
-        from groupsae.sae import SAE
-
-        names = read_json(self._stages.need("training.json", "train"), saes=list[str])["saes"]
-        root = self.directory / "saes"
-        saes: dict[str, SAE] = {}
-        for name in sorted(names, key=lambda name: name.startswith("baseline/")):
-            group = name.removeprefix("baseline/")  # a group of one layer is its own baseline
-            saes[name] = saes[group] if group in saes else SAE.load(root / name, self._device)
-        return {name: saes[name] for name in names}
-
-    def sae(self, layer: int) -> SAE:
-        """The SAE of the group that `layer` belongs to."""
-        from groupsae.sae import SAE, directory_name
-
-        self._stages.need("training.json", "train")
-        group = self._partition().group_of(layer)
-        return SAE.load(self.directory / "saes" / directory_name(group), self._device)
-
-    def layer_sae(self, layer: int) -> LayerSAE:
-        """The SAE of the layer's group as that layer sees it: raw residual streams in and out."""
-        return self.sae(layer).at(layer)
-
     def attached(
         self,
         model: PreTrainedModel | None = None,
@@ -601,92 +520,11 @@ class Run:
             self.directory, repository, private=private, license=license, host_name=host_name
         )
 
-    @cached_property
-    def host(self) -> HostModel:
-        """The host model, loaded when first asked for."""
-        asked = self.config.host
-        host = self._host or _load(asked)
-        for key in ("n_layers", "d_model"):
-            declared, actual = getattr(asked, key), getattr(host, key)
-            if declared not in (None, actual):
-                raise InputError(
-                    f"host.{key}: {declared} is declared, but {asked.name} has {actual}"
-                )
-        self._stages.note_provenance(host_fingerprint=host.fingerprint())
-        return host
-
-    @cached_property
-    def corpus(self) -> Corpus:
-        """The text, tokenised for the host model."""
-        from groupsae.host.tokens import open_corpus
-
-        tokens = self.config.tokens
-        return open_corpus(
-            tokens.source,
-            tokenizer=self.host.tokenizer,
-            context_length=tokens.context_length,
-            split=tokens.split,
-            subset=tokens.subset,
-            column=tokens.column,
-            revision=tokens.revision,
-            held_out=tokens.held_out,
-            seed=tokens.seed,
-            on_exhausted=tokens.on_exhausted,
-            prepend_bos=tokens.prepend_bos,
-            vocab_size=self.host.vocab_size,
-            model_context_length=self.host.context_length,
-        )
-
-    @cached_property
-    def layers(self) -> tuple[int, ...]:
-        """The layers to cover."""
-        return covered_layers(self.config, self.host.n_layers)
-
-    def cost(self) -> CostModel:
-        """The paper's FLOP cost model for this host and dictionary."""
-        asked = self.config.host
-        return cost_model(
-            self.config, asked.n_layers or self.host.n_layers, asked.d_model or self.host.d_model
-        )
-
     @property
     def _circuits(self) -> CircuitStage:
         from groupsae.circuits import CircuitStage
 
         return CircuitStage(self.host, self._stages, self.subjects(), self._special)
-
-    @property
-    def _device(self) -> torch.device:
-        """Where SAEs go: known without the host model."""
-        from groupsae.host.loading import resolve_device
-
-        return resolve_device(self.config.host.device)
-
-    @property
-    def _special(self) -> frozenset[int]:
-        return self.host.special_token_ids if self.config.tokens.exclude_special else frozenset()
-
-    def _partition(self) -> Partition:
-        """The groups that were chosen."""
-        return self.partitions()[0]
-
-    def _metadata(self) -> Metadata:
-        """Where the SAEs come from, as other libraries are told."""
-        from groupsae.grouping.table import PartitionTable
-        from groupsae.host.tokens import joints_of
-        from groupsae.interop import Metadata
-
-        tokens = self.config.tokens
-        table = PartitionTable.from_json(read_json(self.directory / "partition.json"))
-        return Metadata(
-            model_name=self.config.host.name,
-            block_path=self.host.block_path,
-            context_size=tokens.context_length,
-            prepend_bos=joints_of(self.host.tokenizer, tokens.prepend_bos).bos is not None,
-            dataset=tokens.source,
-            exclude_special_tokens=tokens.exclude_special,
-            amad=table.by_groups[table.chosen].amad,
-        )
 
     def _what_was_equal(self) -> str:
         """What the SAEs that are compared had in common in training."""
@@ -696,11 +534,6 @@ class Run:
         tokens = read_json(path, tokens_per_sae=int)["tokens_per_sae"]
         after = self.config.training.init_from and ", after those of training.init_from"
         return f"training tokens per SAE ({tokens:,}{after or ''})"
-
-    def _of_each_layer(self, saes: Mapping[str, SAE], folder: str) -> dict[int, SAE]:
-        """Those of one layer each that lie in a folder, by layer."""
-        found = {sae.layers[0]: sae for name, sae in saes.items() if name.startswith(f"{folder}/")}
-        return dict(sorted(found.items()))
 
     def _cached(self, layers: Sequence[int]) -> CachedActivations | None:
         """The activation cache that the config names, if it can be trained from."""
@@ -761,7 +594,7 @@ class Run:
             return
         found = beside_float32(
             self.host,
-            lambda: _load(asked.model_copy(update={"dtype": "float32"})),
+            lambda: load_host(asked.model_copy(update={"dtype": "float32"})),
             self.corpus.train(),
             layers,
             self._special,
@@ -854,91 +687,11 @@ class Run:
         return load_moments(path)
 
 
-def local_directory(name: Path | str) -> Path:
-    """The folder of a run; `hub://USER/REPO[@REVISION]` is fetched first."""
-    if not str(name).startswith("hub:/"):  # a Path has lost a slash
-        return Path(name)
-    from groupsae.interop.hub import open_hub_run
-
-    return open_hub_run(name)
-
-
-def grouped(distances: Distances, config: Config, cost: CostModel | None = None) -> PartitionTable:
-    """The partitions of layers that `config.grouping` asks for, and the chosen one."""
-    from groupsae.grouping.table import group_layers
-
-    asked = config.grouping
-    return group_layers(
-        distances,
-        layers=asked.layers if isinstance(asked.layers, tuple) else None,
-        method="explicit" if asked.partition is not None else asked.method,
-        threshold=asked.threshold,
-        groups=asked.groups,
-        partition=asked.partition,
-        cost=cost,
-    )
-
-
-def chosen_beforehand(config: Config, layers: Sequence[int]) -> PartitionTable | None:
-    """The partition as far as the config fixes it without distances; None where it does not.
-
-    With `grouping.groups` alone only the number of groups is the right one.
-    """
-    from groupsae.grouping.table import group_layers
-
-    asked = config.grouping
-    if asked.groups is None and asked.partition is None:
-        return None
-    return group_layers(
-        None,
-        layers=layers,
-        method="even" if asked.partition is None else "explicit",  # need no distances
-        groups=asked.groups,
-        partition=asked.partition,
-    )
-
-
-def covered_layers(config: Config, n_layers: int) -> tuple[int, ...]:
-    """The layers that `grouping.layers` means in a host of `n_layers` blocks."""
-    asked = config.grouping.layers
-    if asked == "all_but_last":
-        return tuple(range(max(n_layers - 1, 1)))
-    if asked == "all":
-        return tuple(range(n_layers))
-    wrong = [layer for layer in asked if not 0 <= layer < n_layers]
-    if wrong or not asked:
-        raise InputError(
-            f"grouping.layers: {wrong or 'an empty list'} does not fit {config.host.name}, whose "
-            f"layers are 0 to {n_layers - 1}"
-        )
-    return asked
-
-
-def cost_model(config: Config, n_layers: int, d_model: int) -> CostModel:
-    """The paper's FLOP cost model for a host of these sizes."""
-    from groupsae.grouping.cost import CostModel
-
-    return CostModel(
-        d_model=d_model,
-        n_layers=n_layers,
-        context_length=config.tokens.context_length,
-        d_sae=config.sae.width(d_model),
-    )
-
-
 def _named(subject: Subject) -> dict[int, tuple[str, SAE]]:
     """The SAE of each layer with the name of its folder."""
     from groupsae.sae import directory_name
 
     return {layer: (directory_name(sae.layers), sae) for layer, sae in subject.saes.items()}
-
-
-def _load(asked: HostConfig) -> HostModel:
-    from groupsae.host.model import HostModel
-
-    return HostModel.load(
-        asked.name, revision=asked.revision, dtype=asked.dtype, device=asked.device
-    )
 
 
 def _require(stream: TokenStream, tokens: int, key: str) -> None:

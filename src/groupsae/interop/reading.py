@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +18,7 @@ from groupsae.errors import InputError
 T = TypeVar("T")
 
 # Every way in which PyTorch says that a file is not what it should be.
-_UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError)
+_UNREADABLE = (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError)
 
 
 def read_config(path: Path) -> dict[str, Any]:
