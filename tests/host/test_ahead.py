@@ -186,6 +186,15 @@ def test_a_place_in_another_corpus_is_refused_and_nothing_moves() -> None:
         assert ahead.next_contexts(3).equal(plain.next_contexts(3))
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, in a shell's background job too, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_while_waiting_loses_nothing() -> None:
     stream, plain = Watched(numbers()), numbers().train()
     reached, gate = threading.Event(), threading.Event()

@@ -34,7 +34,7 @@ COLUMNS = ("text", "tokens", "input_ids")
 END_OF_DOCUMENT = "<|endoftext|>"
 """What separates the documents of a .txt file that uses it."""
 
-_BUNDLED_SEED = 2_000_000  # away from the seeds of the bundled model's training script
+BUNDLED_SEED = 2_000_000  # away from the seeds of the bundled model's training script
 _BLOCK = 1000  # documents read at a time; a stream is shuffled within such a block
 _PIECE = 2_000  # characters after which a .txt file without markers is cut at the next blank line
 _LONGEST_PIECE = 20_000  # ... and here it is cut at the next line end, blank or not
@@ -251,7 +251,7 @@ class _Bundled:
     count: int | None = None
 
     def __init__(self, seed: int) -> None:
-        self._seed = _BUNDLED_SEED + seed
+        self._seed = BUNDLED_SEED + seed
 
     def read(self, start: Position) -> Iterator[Document]:
         from groupsae.host.bundled import english

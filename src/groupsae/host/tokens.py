@@ -267,7 +267,7 @@ class TokenStream:
         """Forget what was read ahead and read again from the cursor."""
         self._pending = np.zeros(0, np.int64)
         self._spans: deque[_Span] = deque()  # which document each pending token comes from
-        self._reading = self._documents(self._cursor.position)
+        self._reading = self.documents_from(self._cursor.position)
         self._reading_epoch = self._cursor.position.epoch
         self._skip = self._cursor.offset
 
@@ -323,9 +323,9 @@ class TokenStream:
                 self.corpus.source,
                 _NAMES[self.part],
             )
-        self._reading = self._documents(Position(self._reading_epoch, 0))
+        self._reading = self.documents_from(Position(self._reading_epoch, 0))
 
-    def _documents(self, start: Position) -> Iterator[Document]:
+    def documents_from(self, start: Position) -> Iterator[Document]:
         """The documents of this part that hold anything."""
         corpus = self.corpus
         for document in corpus.documents.read(start):
