@@ -150,6 +150,14 @@ def test_what_is_judged_is_not_judged_again(copy, monkeypatch):
     assert Run(copy).circuits() == [result]
 
 
+def test_what_is_judged_is_read_without_the_host_model_and_the_saes(copy, monkeypatch):
+    monkeypatch.setattr(HostModel, "load", lambda *_, **__: pytest.fail("loads the host model"))
+    monkeypatch.setattr("groupsae.sae.SAE.load", lambda *_, **__: pytest.fail("loads an SAE"))
+    run = Run(copy)
+    (result,) = run.circuits()
+    assert len(run.faithfulness(*run.config.circuits.tasks)) == len(result["curves"])
+
+
 def test_a_task_whose_file_has_changed_is_judged_anew(copy, task_file):
     run = Run(copy)
     (name,) = run.config.circuits.tasks

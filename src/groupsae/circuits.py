@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection, Sequence
-from functools import cache
+from collections.abc import Callable, Collection, Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +28,39 @@ class CircuitStage:
 
     Args:
         stages: The run directory, whose config says what to judge.
-        subjects: The partitions to judge; the chosen one first.
-        special: Token ids whose positions are left alone.
+        open_host: Gives the host model. It is asked for when something is to be judged.
+        open_subjects: Gives the partitions to judge; the chosen one first. As late.
+        open_special: Gives the token ids whose positions are left alone. As late.
     """
 
     def __init__(
         self,
-        host: HostModel,
         stages: RunDirectory,
-        subjects: Sequence[Subject],
-        special: Collection[int],
+        open_host: Callable[[], HostModel],
+        open_subjects: Callable[[], Sequence[Subject]],
+        open_special: Callable[[], Collection[int]],
     ) -> None:
-        self.host, self.stages, self.subjects, self.special = host, stages, subjects, special
+        self.stages = stages
+        self._open_host, self._open_subjects = open_host, open_subjects
+        self._open_special = open_special
         self.config = stages.config
         self.folder = stages.path / "evaluation" / "circuits"
         self._task = cache(self._open)
+
+    @cached_property
+    def host(self) -> HostModel:
+        """The host model."""
+        return self._open_host()
+
+    @cached_property
+    def subjects(self) -> Sequence[Subject]:
+        """The partitions to judge."""
+        return self._open_subjects()
+
+    @cached_property
+    def special(self) -> Collection[int]:
+        """Token ids whose positions are left alone."""
+        return self._open_special()
 
     def judge_all(self) -> None:
         """Judge every task of the config; a file that cannot be used is refused before any work.

@@ -524,7 +524,7 @@ class Run(OpenRun):
     def _circuits(self) -> CircuitStage:
         from groupsae.circuits import CircuitStage
 
-        return CircuitStage(self.host, self._stages, self.subjects(), self._special)
+        return CircuitStage(self._stages, lambda: self.host, self.subjects, lambda: self._special)
 
     def _what_was_equal(self) -> str:
         """What the SAEs that are compared had in common in training."""
