@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
@@ -15,6 +15,7 @@ from groupsae import cli
 from groupsae.host.model import HostModel
 from groupsae.host.tokens import Corpus, open_corpus
 from tests.host.tiny_models import tiny_model, tiny_tokenizer
+from tests.webdriver import CHROMIUM, DRIVER, Browser, driver
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -68,6 +69,17 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     return path
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A tab of a headless Chromium; skips where there is none. Mark such tests `browser`."""
+    if CHROMIUM is None or DRIVER is None:
+        pytest.skip("no chromium with chromedriver on this machine")
+    with driver() as address:
+        tab = Browser(address, tmp_path_factory.mktemp("profile"))
+        yield tab
+        tab.close()
 
 
 @pytest.fixture

@@ -490,11 +490,64 @@ class SimilarityConfig(_Section):
 
 
 class InterpretationConfig(_Section):
-    """What `groupsae interpret` looks at."""
+    """What `groupsae interpret` looks at and shows."""
 
     tokens: Count = Field(
         100_000, description="held-out tokens whose latents are kept (paper: 1M); 8 bytes a firing"
     )
+    compare: Literal["none", "baseline", "all"] = Field(
+        "baseline",
+        description="whose latents are kept beside those of the chosen groups: nobody's; those of "
+        "one SAE per layer; also those of training.also_groups",
+    )
+    cards: Literal["all"] | Count = Field(
+        1000,
+        description="latents of each SAE that the browser shows: those that circuits and pairs "
+        "name, then others that fire, drawn at random; or all that fire",
+    )
+    contexts: Count = Field(10, description="strongest contexts on a latent's card")
+    ground_truth_tokens: Count = Field(
+        20_000,
+        description="held-out tokens on which latents are held against what is known of each word "
+        "(tokens.source=bundled alone)",
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="of all samples")
+
+
+class ExplanationConfig(_Section):
+    """How `groupsae explain` lets a language model explain latents and scores that."""
+
+    endpoint: str | None = Field(
+        None,
+        description="an OpenAI-compatible address, such as http://localhost:8000/v1 (vLLM, "
+        "llama.cpp, Ollama, a hosted one)",
+    )
+    model: str | None = Field(None, description="the model's name there")
+    api_key_variable: str = Field(
+        "OPENAI_API_KEY",
+        description="environment variable that holds the key, where the endpoint wants one; the "
+        "key is never stored",
+    )
+    latents: Count = Field(96, description="latents of each SAE and layer (paper: 96)")
+    contexts: Count = Field(20, description="strongest contexts that the model explains")
+    examples: Count = Field(
+        20, description="held-out contexts of each kind that detection and fuzzing judge"
+    )
+    examples_per_request: Count = Field(5, description="of them judged in one request")
+    budget_tokens: Count = Field(
+        1_000_000,
+        description="tokens in prompts and answers; when they are used nothing more is asked, and "
+        "a larger budget continues",
+    )
+    answer_tokens: Count = Field(500, description="longest answer")
+    concurrency: Count = Field(8, description="requests under way at a time")
+    requests_per_minute: Count | None = Field(None, description="at most; by default no limit")
+    timeout: float = Field(60, gt=0, description="seconds to wait for an answer")
+    retries: Annotated[int, Field(ge=0)] = Field(
+        5, description="times that a request is repeated after a failure of the endpoint"
+    )
+    temperature: float = Field(0, ge=0, description="of the model's answers")
+    seed: int = Field(0, ge=0, lt=2**32, description="of latents and examples")
 
 
 class ReportConfig(_Section):
@@ -522,6 +575,7 @@ class Config(_Section):
     circuits: CircuitsConfig = CircuitsConfig()
     similarity: SimilarityConfig = SimilarityConfig()
     interpretation: InterpretationConfig = InterpretationConfig()
+    explanation: ExplanationConfig = ExplanationConfig()
     report: ReportConfig = ReportConfig()
     provenance: dict[str, Any] | None = Field(
         None, description="written by groupsae into a run's config.yaml; not an input"
