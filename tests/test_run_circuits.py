@@ -208,6 +208,15 @@ def test_built_in_tasks_that_cannot_be_asked_are_said_all_at_once(copy):
         run.circuits()
 
 
+def test_a_misspelt_task_beside_another_is_refused_before_any_work(copy, monkeypatch):
+    values = Run(copy).config.model_dump(mode="json")
+    values["circuits"]["tasks"] = [*values["circuits"]["tasks"], "greater-than"]
+    monkeypatch.setattr(HostModel, "load", lambda *_, **__: pytest.fail("loads the host model"))
+    run = Run(copy, Config.parse(values), redo=True)
+    with pytest.raises(InputError, match=r"'greater-than' is unknown; did you mean greater_than"):
+        run.circuits()
+
+
 def test_similarity_has_every_layer_of_every_partition_and_the_twins(finished):
     result = finished.similarity()
     assert [(row["groups_total"], row["layer"]) for row in result["rows"]] == [

@@ -14,7 +14,7 @@ from groupsae.errors import InputError
 from groupsae.evaluation.attribution import Effects
 from groupsae.evaluation.downstream import judge_task, task_effects
 from groupsae.evaluation.subject import Subject
-from groupsae.evaluation.tasks import Task, open_task
+from groupsae.evaluation.tasks import Task, check_name, open_task
 from groupsae.host.model import HostModel
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,8 @@ class CircuitStage:
         Raises:
             InputError: No task is left, or one that the user names cannot be used.
         """
+        for name in self.config.circuits.tasks:
+            check_name(name)
         tasks, unusable = [], []
         for name in sorted(self.config.circuits.tasks, key=lambda name: "=" not in name):
             try:
@@ -77,9 +79,10 @@ class CircuitStage:
                 if "=" in name:
                     raise
                 unusable.append(str(error))
-                log.warning("left out: %s", error)
         if not tasks:
             raise InputError(f"circuits.tasks: none can be asked here. {' '.join(unusable)}")
+        for reason in unusable:
+            log.warning("left out: %s", reason)
         for stale in {*self.folder.glob("*.json")} - {self._path(name) for name in tasks}:
             stale.unlink()
         for name in tasks:

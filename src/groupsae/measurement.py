@@ -18,7 +18,7 @@ from groupsae.grouping.distance import LayerMoments, Moments
 from groupsae.grouping.matrix import Distances
 from groupsae.grouping.similarity import DISTANCES
 from groupsae.host.model import HostModel
-from groupsae.host.tokens import TokenStream, special_mask
+from groupsae.host.tokens import TokenStream
 from groupsae.progress import progress
 
 
@@ -57,19 +57,14 @@ def measure_layers(
         InputError: The activations hold a NaN or an infinity, or every token is special.
         EndOfText: The text is used up.
     """
-    layers, special = tuple(layers), tuple(special)
-    contexts = -(-tokens // stream.context_length)
+    layers = tuple(layers)
 
     def streams_of_all(
         description: str,
     ) -> Iterator[tuple[Float[Tensor, "layer token d_model"], Int[Tensor, " token"]]]:
         """The counted tokens' residual streams, and the context that each token is from."""
-        left = contexts
-        with progress(description, contexts * stream.context_length) as bar:
-            while left:
-                input_ids = stream.next_contexts(min(batch_contexts, left))
-                left -= len(input_ids)
-                mask = ~special_mask(input_ids, special)
+        with progress(description, tokens) as bar:
+            for input_ids, mask in stream.batches(tokens, batch_contexts, special):
                 streams = host.residual_streams(input_ids, layers)
                 counted = mask.to(host.device)
                 yield (
@@ -92,7 +87,7 @@ def measure_layers(
         second.update(streams)
         distances.update(streams, context)
     moments = second.result()
-    read = contexts * stream.context_length
+    read = -(-tokens // stream.context_length) * stream.context_length
     return Measurement(distances.result(), moments, excluded=read - moments.tokens)
 
 

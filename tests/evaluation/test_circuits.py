@@ -636,7 +636,7 @@ def test_untrained_saes_are_as_sparse_as_the_trained_and_reconstruct_what_they_c
 ):
     sae = toy_sae(rule, affine)
     task = toy_task((25, 6), (20, 4))
-    subject = untrained(deep_host, task, subject_of(sae), seed=3, special=(SPECIAL,))
+    subject = untrained(deep_host, task.clean_prompts, subject_of(sae), seed=3, special=(SPECIAL,))
     twins = set(subject.saes.values())
     assert len(twins) == subject.groups_total == 1
     (twin,) = twins
@@ -664,14 +664,16 @@ def test_untrained_saes_are_as_sparse_as_the_trained_and_reconstruct_what_they_c
 
 def test_untrained_saes_are_shared_by_the_same_layers(deep_host):
     saes = toy_sae(layers=(1, 2)), toy_sae(layers=(3,))
-    subject = untrained(deep_host, SCORES_HALF, subject_of(*saes), seed=0)
+    subject = untrained(deep_host, SCORES_HALF.clean_prompts, subject_of(*saes), seed=0)
     assert subject.saes[1] is subject.saes[2] is not subject.saes[3]
     assert (subject.partition, subject.groups_total) == ("groups", 2)
     assert not torch.equal(subject.saes[1].W_dec, subject.saes[3].W_dec)
-    again = untrained(deep_host, SCORES_HALF, subject_of(*saes), seed=0)
+    again = untrained(deep_host, SCORES_HALF.clean_prompts, subject_of(*saes), seed=0)
     torch.testing.assert_close(again.saes[1].state_dict(), subject.saes[1].state_dict())
-    with pytest.raises(InputError, match="every token of toy's prompts is special"):
-        untrained(deep_host, SCORES_HALF, subject_of(*saes), seed=0, special=range(96))
+    with pytest.raises(InputError, match="every token of the text is special"):
+        untrained(
+            deep_host, SCORES_HALF.clean_prompts, subject_of(*saes), seed=0, special=range(96)
+        )
 
 
 def test_a_ranking_by_effects_takes_their_size():

@@ -645,3 +645,11 @@ class TestRealText:
         text = path.read_text()
         assert sum(piece in text for piece in pieces) == len(pieces) > 300
         assert sum(map(len, pieces)) > 0.99 * len(text) - 5_000
+
+
+def test_batches_are_the_next_contexts_with_what_counts(corpus: Corpus) -> None:
+    batches = list(corpus.train().batches(16 * 7 - 3, batch_contexts=3, special=(0,)))
+    assert [len(input_ids) for input_ids, _ in batches] == [3, 3, 1]
+    read = torch.cat([input_ids for input_ids, _ in batches])
+    assert torch.equal(read, corpus.train().next_contexts(7))
+    assert torch.equal(torch.cat([counted for _, counted in batches]), read != 0)

@@ -345,29 +345,37 @@ def random_ranking(ranking: Ranking, seed: int) -> Ranking:
 
 @torch.no_grad()
 def untrained(
-    host: HostModel, task: Task, subject: Subject, *, seed: int, special: Collection[int] = ()
+    host: HostModel,
+    texts: Iterable[Int[Tensor, "text context"]],
+    subject: Subject,
+    *,
+    seed: int,
+    special: Collection[int] = (),
 ) -> Subject:
     """The partition with SAEs of random weights in place of the trained ones, as a control.
 
-    Shape, sparsity rule, scale and mean are those of the trained SAEs. On a few hundred tokens of
-    the task's clean prompts each has the L0 of its trained twin (by thresholds; topk by k) and
-    weights of the size that reconstructs best.
+    Shape, sparsity rule, scale and mean are those of the trained SAEs. On a few hundred tokens each
+    has the L0 of its trained twin (by thresholds; topk by k) and weights of the size that
+    reconstructs best.
+
+    Args:
+        texts: Token ids to fit them to, of one length or several; as many as are needed are used.
 
     Raises:
         InputError: All tokens are special.
     """
     rows: dict[int, list[Tensor]] = {layer: [] for layer in subject.saes}
     tokens = 0
-    for pairs in task.lengths:
-        clean = pairs.clean[: math.ceil((_FITTING_TOKENS - tokens) / _length(pairs))]
-        counted = ~special_mask(clean, special)
+    for text in texts:
+        some = text[: math.ceil((_FITTING_TOKENS - tokens) / text.shape[1])]
+        counted = ~special_mask(some, special)
         tokens += int(counted.sum())
-        for layer, x in host.residual_streams(clean, list(rows)).items():
+        for layer, x in host.residual_streams(some, list(rows)).items():
             rows[layer].append(x[counted.to(x.device)])
         if tokens >= _FITTING_TOKENS:
             break
     if not tokens:
-        raise InputError(f"every token of {task.name}'s prompts is special; give other prompts")
+        raise InputError("every token of the text is special; give other text to fit SAEs to")
     twins: dict[SAE, SAE] = {}
     for sae in subject.saes.values():
         if sae not in twins:

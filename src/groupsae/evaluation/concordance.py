@@ -13,7 +13,7 @@ from torch import Tensor
 
 from groupsae.errors import InputError
 from groupsae.host.model import HostModel
-from groupsae.host.tokens import TokenStream, special_mask
+from groupsae.host.tokens import TokenStream
 from groupsae.progress import progress
 from groupsae.sae import SAE
 from groupsae.sae.kernels.inference import encode
@@ -90,14 +90,9 @@ def firing_sets(
         raise InputError(f"similarity.tokens={tokens}: firing sets need at least one token")
     growing = {pair: _Growing() for pair in wanted}
     layers = sorted({layer for _, layer in growing})
-    special = tuple(special)
-    contexts = -(-tokens // stream.context_length)
     counted = excluded = 0
-    with progress("firing sets", contexts * stream.context_length) as bar:
-        while contexts:
-            input_ids = stream.next_contexts(min(batch_contexts, contexts))
-            contexts -= len(input_ids)
-            mask = ~special_mask(input_ids, special)
+    with progress("firing sets", tokens) as bar:
+        for input_ids, mask in stream.batches(tokens, batch_contexts, special):
             counted += int(mask.sum())
             excluded += int((~mask).sum())
             streams, mask = host.residual_streams(input_ids, layers), mask.to(host.device)

@@ -119,7 +119,7 @@ def judge_task(
             ]
     if controls:
         untrained = [
-            circuits.untrained(host, first, subject, seed=seed, special=special)
+            circuits.untrained(host, first.clean_prompts, subject, seed=seed, special=special)
             for subject in shown
         ]
         rankings = [circuits.random_ranking(ranked[s.name, methods[0]], seed) for s in shown]

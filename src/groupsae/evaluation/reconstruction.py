@@ -13,7 +13,7 @@ from torch import Tensor
 from groupsae.errors import InputError
 from groupsae.evaluation.subject import Subject
 from groupsae.host.model import HostModel
-from groupsae.host.tokens import TokenStream, special_mask
+from groupsae.host.tokens import TokenStream
 from groupsae.progress import progress
 from groupsae.sae import SAE, Latents
 from groupsae.sae.kernels.inference import encode
@@ -82,14 +82,9 @@ def evaluate_reconstruction(
     layers = {layer: _Layer(judged_at[layer]) for layer in sorted(judged_at)}
     clean = _Mean()
     counted = excluded = 0
-    contexts = math.ceil(tokens / stream.context_length)
-    special = tuple(special)
 
-    with progress("evaluate", contexts * stream.context_length) as bar:
-        while contexts:
-            input_ids = stream.next_contexts(min(batch_contexts, contexts))
-            contexts -= len(input_ids)
-            mask = ~special_mask(input_ids, special)
+    with progress("evaluate", tokens) as bar:
+        for input_ids, mask in stream.batches(tokens, batch_contexts, special):
             counted += int(mask.sum())
             excluded += int((~mask).sum())
             input_ids, mask = input_ids.to(host.device), mask.to(host.device)

@@ -91,6 +91,11 @@ class Task:
         """How many examples are usable."""
         return sum(map(len, self.lengths))
 
+    @property
+    def clean_prompts(self) -> list[Int[Tensor, "example context"]]:
+        """The token ids of x_clean, of each length."""
+        return [pairs.clean for pairs in self.lengths]
+
     def halves(self) -> tuple[Task, Task]:
         """Two tasks without a common example: every length, and in it every case, is split in two.
 
@@ -127,8 +132,8 @@ def open_task(
             f"circuits.examples={examples}: a task needs at least {LEAST_EXAMPLES} examples, or "
             "its means and scores are noise."
         )
+    check_name(name)
     title, equals, file = name.partition("=")
-    _check_name(title, is_file=bool(equals))
     reader = _Reader(host, prepend_bos)
     source, candidates = "built in", []
     if equals:
@@ -332,11 +337,17 @@ def _too_few(
     )
 
 
-def _check_name(name: str, *, is_file: bool) -> None:
-    if is_file:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+def check_name(name: str) -> None:
+    """Refuse what is neither a built-in task nor NAME=FILE with a name that a file can have.
+
+    Raises:
+        InputError: With the nearest name.
+    """
+    title, equals, _ = name.partition("=")
+    if equals:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", title):
             raise InputError(
-                f"circuits.tasks: {name!r} cannot name a task, as results are saved under that "
+                f"circuits.tasks: {title!r} cannot name a task, as results are saved under that "
                 "name: use letters, digits, - and _, as in my-task=FILE.jsonl."
             )
     elif name not in BUILT_IN:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -211,6 +211,25 @@ class TokenStream:
         self._consume(used)
         self.tokens_seen += contexts.size
         return torch.from_numpy(contexts)
+
+    def batches(
+        self, tokens: int, batch_contexts: int, special: Iterable[int] = ()
+    ) -> Iterator[tuple[Int[Tensor, "n context"], Bool[Tensor, "n context"]]]:
+        """The next contexts in batches, each with the mask of the tokens that count.
+
+        Args:
+            tokens: How many in all; rounded up to whole contexts.
+            batch_contexts: Contexts of a batch; the last one may have fewer.
+            special: Token ids that do not count.
+
+        Raises:
+            EndOfText, InputError: as :meth:`next_contexts`, when a batch is asked for.
+        """
+        left, special = -(-tokens // self.context_length), tuple(special)
+        while left:
+            input_ids = self.next_contexts(min(batch_contexts, left))
+            left -= len(input_ids)
+            yield input_ids, ~special_mask(input_ids, special)
 
     def require(self, tokens: int) -> None:
         """Check, without consuming anything, that this epoch still holds so many tokens.

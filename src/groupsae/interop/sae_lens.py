@@ -6,21 +6,19 @@ SAELens's own exports for inference. Facts of the format: SAELens 6.54.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from groupsae.architectures import BY_BATCH
 from groupsae.errors import InputError
-from groupsae.files import write_text
 from groupsae.interop.fold import Folded, folded, training_options
 from groupsae.interop.metadata import OWN, Metadata, layer_of, settings_in
 from groupsae.interop.reading import checked, option, read_config, read_safetensors
+from groupsae.interop.writing import write_config_and_weights
 from groupsae.sae import SAE, SAEConfig
 
 CONFIG_FILE = "cfg.json"
@@ -81,11 +79,7 @@ def write(folder: Path, sae: SAE, layer: int, metadata: Metadata) -> None:
             OWN: metadata.of_layer(sae, layer),
         },
     }
-    save_file(
-        {name: tensor.float().contiguous() for name, tensor in weights.items()},
-        folder / WEIGHTS_FILE,
-    )
-    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+    write_config_and_weights(folder / CONFIG_FILE, config, folder / WEIGHTS_FILE, weights)
 
 
 def read(folder: Path, layer: int | None = None) -> SAE:

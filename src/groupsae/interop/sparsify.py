@@ -5,18 +5,16 @@ It knows topk alone. Facts of the format: eai-sparsify 1.3.3.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from groupsae.errors import InputError
-from groupsae.files import write_text
 from groupsae.interop.fold import Folded, folded
 from groupsae.interop.metadata import OWN, Metadata, layer_of
 from groupsae.interop.reading import checked, option, read_config, read_safetensors
+from groupsae.interop.writing import write_config_and_weights
 from groupsae.sae import SAE, SAEConfig
 
 CONFIG_FILE = "cfg.json"
@@ -55,11 +53,7 @@ def write(folder: Path, sae: SAE, layer: int, metadata: Metadata) -> None:
         "W_dec": one.W_dec,
         "b_dec": one.b_dec,
     }
-    save_file(
-        {name: tensor.float().contiguous() for name, tensor in weights.items()},
-        folder / WEIGHTS_FILE,
-    )
-    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+    write_config_and_weights(folder / CONFIG_FILE, config, folder / WEIGHTS_FILE, weights)
 
 
 def read(folder: Path, layer: int | None = None) -> SAE:

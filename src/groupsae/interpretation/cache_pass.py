@@ -20,7 +20,7 @@ from torch import Tensor
 from groupsae.errors import InputError
 from groupsae.files import replacing, write_text
 from groupsae.host.model import HostModel
-from groupsae.host.tokens import TokenStream, special_mask
+from groupsae.host.tokens import TokenStream
 from groupsae.interpretation.latent_cache import (
     INDEX_FILE,
     MANIFEST_FILE,
@@ -82,10 +82,8 @@ def write_latent_cache(
         ids = np.empty((contexts, stream.context_length), np.int32)
         read = counted = 0
         with progress("latent cache", ids.size) as bar:
-            while read < contexts:
-                input_ids = stream.next_contexts(min(batch_contexts, contexts - read))
+            for input_ids, mask in stream.batches(tokens, batch_contexts, special):
                 ids[read : read + len(input_ids)] = input_ids
-                mask = ~special_mask(input_ids, special)
                 where = mask.flatten().nonzero().squeeze(1) + read * stream.context_length
                 streams, mask = host.residual_streams(input_ids, layers), mask.to(host.device)
                 for firings in growing.values():

@@ -22,7 +22,6 @@ from torch import Tensor
 from groupsae.errors import InputError
 from groupsae.evaluation.circuits import untrained
 from groupsae.evaluation.subject import Subject
-from groupsae.evaluation.tasks import Pairs, Task
 from groupsae.host.bundled import english, labels
 from groupsae.host.documents import BUNDLED, BUNDLED_SEED, Position
 from groupsae.host.model import HostModel
@@ -101,9 +100,8 @@ def ground_truth(
 
     judged = [("trained", subject) for subject in subjects]
     if controls:
-        task = _as_task(text.contexts)
         judged += [
-            ("untrained", untrained(host, task, subject, seed=seed, special=special))
+            ("untrained", untrained(host, [text.contexts], subject, seed=seed, special=special))
             for subject in subjects
         ]
     rows: list[dict[str, Any]] = []
@@ -323,13 +321,6 @@ def _frequent(text: _Text, fewest: int) -> list[int]:
             "the text; ask for more tokens, or for fewer of each attribute"
         )
     return kept
-
-
-def _as_task(contexts: Int[Tensor, "contexts context"]) -> Task:
-    """The contexts as prompts, to which untrained SAEs can be fitted."""
-    cases = ("",) * len(contexts)
-    pairs = Pairs(contexts, contexts, contexts[:, -1], contexts[:, -1], cases)
-    return Task("ground_truth", BUNDLED, (pairs,), {})
 
 
 def _check(stream: TokenStream, layers: Sequence[int], tokens: int) -> None:
