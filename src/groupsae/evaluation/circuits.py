@@ -346,7 +346,7 @@ def random_ranking(ranking: Ranking, seed: int) -> Ranking:
 @torch.no_grad()
 def untrained(
     host: HostModel,
-    texts: Iterable[Int[Tensor, "text context"]],
+    texts: Iterable[Int[Tensor, "_ _"]],
     subject: Subject,
     *,
     seed: int,
@@ -359,7 +359,7 @@ def untrained(
     reconstructs best.
 
     Args:
-        texts: Token ids to fit them to, of one length or several; as many as are needed are used.
+        texts: Token ids to fit them to, `[text, context]` for each length; as many as needed.
 
     Raises:
         InputError: All tokens are special.

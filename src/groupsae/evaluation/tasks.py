@@ -92,8 +92,8 @@ class Task:
         return sum(map(len, self.lengths))
 
     @property
-    def clean_prompts(self) -> list[Int[Tensor, "example context"]]:
-        """The token ids of x_clean, of each length."""
+    def clean_prompts(self) -> list[Int[Tensor, "_ _"]]:
+        """The token ids of x_clean, `[example, context]` for each length."""
         return [pairs.clean for pairs in self.lengths]
 
     def halves(self) -> tuple[Task, Task]:
