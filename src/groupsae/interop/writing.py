@@ -1,0 +1,21 @@
+"""A configuration and weights in files, as SAELens and sparsify have them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from groupsae.files import write_text
+
+
+def write_config_and_weights(
+    config_path: Path, config: Mapping[str, Any], weights_path: Path, weights: Mapping[str, Tensor]
+) -> None:
+    """Write the weights, in float32, then the configuration."""
+    save_file({name: one.float().contiguous() for name, one in weights.items()}, weights_path)
+    write_text(config_path, json.dumps(config, indent=2) + "\n")
