@@ -173,7 +173,7 @@ def test_redo_destroys_nothing_before_the_stage_begins(copy, module_config):
     with pytest.raises(InputError, match=r"sae\.k"):
         Run(copy, changed(module_config, sae={"d_sae": None, "k": 5000}), redo=True).all()
     run = Run(copy, module_config)
-    assert run._stages.is_done("report")
+    assert run.stages.is_done("report")
     assert set(run.saes()) == set(run.train())
 
 
@@ -506,11 +506,11 @@ def test_a_number_of_groups_that_cannot_be_is_refused(copy, module_config):
 def test_evaluating_again_leaves_what_does_not_rest_on_it(copy, module_config):
     stages = json.loads((copy / "stages.json").read_text())
     run = Run(copy)
-    key = run._stages.key("circuits")
+    key = run.stages.key("circuits")
     (copy / "stages.json").write_text(json.dumps(stages | {"circuits": {"key": key}}))
     config = changed(module_config, evaluation={"tokens": 900})
     run = Run(copy, config, redo=True)
-    assert run._stages.key("circuits") == key
+    assert run.stages.key("circuits") == key
     run.evaluate()
     done = json.loads((copy / "stages.json").read_text())
     assert "circuits" in done

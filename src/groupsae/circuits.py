@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from groupsae.directory import RunDirectory, read_json, write_json
+from groupsae.directory import read_json, write_json
 from groupsae.errors import InputError
 from groupsae.evaluation.attribution import Effects
 from groupsae.evaluation.downstream import judge_task, task_effects
 from groupsae.evaluation.subject import Subject
 from groupsae.evaluation.tasks import Task, check_name, open_task
-from groupsae.host.model import HostModel
+from groupsae.opened import OpenRun
 
 log = logging.getLogger(__name__)
 
@@ -27,40 +27,18 @@ class CircuitStage:
     each is kept from the moment it is there, and computed once.
 
     Args:
-        stages: The run directory, whose config says what to judge.
-        open_host: Gives the host model. It is asked for when something is to be judged.
-        open_subjects: Gives the partitions to judge; the chosen one first. As late.
-        open_special: Gives the token ids whose positions are left alone. As late.
+        run: Whose config says what to judge. Its host model and SAEs are loaded when something is.
     """
 
-    def __init__(
-        self,
-        stages: RunDirectory,
-        open_host: Callable[[], HostModel],
-        open_subjects: Callable[[], Sequence[Subject]],
-        open_special: Callable[[], Collection[int]],
-    ) -> None:
-        self.stages = stages
-        self._open_host, self._open_subjects = open_host, open_subjects
-        self._open_special = open_special
-        self.config = stages.config
-        self.folder = stages.path / "evaluation" / "circuits"
+    def __init__(self, run: OpenRun) -> None:
+        self.run, self.config = run, run.config
+        self.folder = run.directory / "evaluation" / "circuits"
         self._task = cache(self._open)
 
     @cached_property
-    def host(self) -> HostModel:
-        """The host model."""
-        return self._open_host()
-
-    @cached_property
     def subjects(self) -> Sequence[Subject]:
-        """The partitions to judge."""
-        return self._open_subjects()
-
-    @cached_property
-    def special(self) -> Collection[int]:
-        """Token ids whose positions are left alone."""
-        return self._open_special()
+        """The partitions to judge, the chosen one first."""
+        return self.run.subjects()
 
     def judge_all(self) -> None:
         """Judge every task of the config; a file that cannot be used is refused before any work.
@@ -102,7 +80,7 @@ class CircuitStage:
                 return stored
         asked = self.config.circuits
         result = judge_task(
-            self.host,
+            self.run.host,
             self._task(name),
             self.subjects,
             lambda method: self.effects(name, method),
@@ -112,7 +90,7 @@ class CircuitStage:
             controls=asked.controls,
             batch_tokens=asked.batch_tokens,
             seed=asked.seed,
-            special=self.special,
+            special=self.run.special,
         )
         if result["refused"] is not None:
             log.warning("no curve is drawn: %s", result["refused"])
@@ -128,13 +106,13 @@ class CircuitStage:
         if all(path.exists() for path in paths.values()):
             return {own: Effects.load(path) for own, path in paths.items()}
         found = task_effects(
-            self.host,
+            self.run.host,
             self._task(name),
             self.subjects,
             method=method,
             steps=asked.steps,
             batch_tokens=asked.batch_tokens,
-            special=self.special,
+            special=self.run.special,
         )
         for own, effects in found.items():
             effects.save(paths[own])
@@ -146,7 +124,7 @@ class CircuitStage:
     def _open(self, name: str) -> Task:
         return open_task(
             name,
-            self.host,
+            self.run.host,
             examples=self.config.circuits.examples,
             seed=self.config.circuits.seed,
             prepend_bos=self.config.tokens.prepend_bos,
@@ -155,7 +133,7 @@ class CircuitStage:
     def _key(self, name: str) -> str:
         """Identifies a task's results: what they rest on, and the task's file."""
         circuits = self.config.circuits.model_copy(update={"tasks": (name,)})
-        key = self.stages.key("circuits", self.config.model_copy(update={"circuits": circuits}))
+        key = self.run.stages.key("circuits", self.config.model_copy(update={"circuits": circuits}))
         _, given, file = name.partition("=")
         if given and Path(file).is_file():
             key += hashlib.sha256(Path(file).read_bytes()).hexdigest()

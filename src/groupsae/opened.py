@@ -41,8 +41,8 @@ class OpenRun:
     ) -> None:
         self.directory = local_directory(directory)
         self._host = host
-        self._stages = RunDirectory(self.directory, config, redo=redo)
-        self.config = self._stages.config
+        self.stages = RunDirectory(self.directory, config, redo=redo)
+        self.config = self.stages.config
 
     def partitions(self) -> list[Partition]:
         """The partitions that SAEs are trained for: the chosen one, then `training.also_groups`.
@@ -52,7 +52,7 @@ class OpenRun:
         """
         from groupsae.grouping.table import PartitionTable
 
-        table = read_json(self._stages.need("partition.json", "groups"))
+        table = read_json(self.stages.need("partition.json", "groups"))
         partitions = PartitionTable.from_json(table)
         asked = self.config.training.also_groups
         known = {G: row.partition for G, row in partitions.by_groups.items()}
@@ -87,7 +87,7 @@ class OpenRun:
         """
         from groupsae.sae import SAE
 
-        names = read_json(self._stages.need("training.json", "train"), saes=list[str])["saes"]
+        names = read_json(self.stages.need("training.json", "train"), saes=list[str])["saes"]
         root = self.directory / "saes"
         saes: dict[str, SAE] = {}
         for name in sorted(names, key=lambda name: name.startswith("baseline/")):
@@ -99,7 +99,7 @@ class OpenRun:
         """The SAE of the group that `layer` belongs to."""
         from groupsae.sae import SAE, directory_name
 
-        self._stages.need("training.json", "train")
+        self.stages.need("training.json", "train")
         group = self._partition().group_of(layer)
         return SAE.load(self.directory / "saes" / directory_name(group), self._device)
 
@@ -118,7 +118,7 @@ class OpenRun:
                 raise InputError(
                     f"host.{key}: {declared} is declared, but {asked.name} has {actual}"
                 )
-        self._stages.note_provenance(host_fingerprint=host.fingerprint())
+        self.stages.note_provenance(host_fingerprint=host.fingerprint())
         return host
 
     @cached_property
@@ -156,15 +156,16 @@ class OpenRun:
         )
 
     @property
+    def special(self) -> frozenset[int]:
+        """The token ids that are left out of everything: none where they are to count."""
+        return self.host.special_token_ids if self.config.tokens.exclude_special else frozenset()
+
+    @property
     def _device(self) -> torch.device:
         """Where SAEs go: known without the host model."""
         from groupsae.host.loading import resolve_device
 
         return resolve_device(self.config.host.device)
-
-    @property
-    def _special(self) -> frozenset[int]:
-        return self.host.special_token_ids if self.config.tokens.exclude_special else frozenset()
 
     def _partition(self) -> Partition:
         """The groups that were chosen."""

@@ -92,7 +92,7 @@ class Run(OpenRun):
         from groupsae.grouping.matrix import Distances
 
         path = self.directory / "distances.json"
-        with self._stages.stage("distances", path) as todo:
+        with self.stages.stage("distances", path) as todo:
             if todo:
                 write_json(path, self._measure(self.layers))
         return Distances.from_json(read_json(path))
@@ -103,16 +103,16 @@ class Run(OpenRun):
         from groupsae.grouping.table import PartitionTable
 
         path = self.directory / "partition.json"
-        with self._stages.stage("groups", path) as todo:
+        with self.stages.stage("groups", path) as todo:
             if todo:
-                distances = load_distances(self._stages.need("distances.json", "distances"))
+                distances = load_distances(self.stages.need("distances.json", "distances"))
                 write_json(path, grouped(distances, self.config, self.cost()).to_json())
         return PartitionTable.from_json(read_json(path))
 
     def train(self) -> dict[str, SAE]:
         """Train one SAE per group and, if asked, one per layer, from one shared forward."""
         path = self.directory / "training.json"
-        with self._stages.stage("train", path) as todo:
+        with self.stages.stage("train", path) as todo:
             if todo:
                 from groupsae.training.session import train_saes
 
@@ -127,8 +127,8 @@ class Run(OpenRun):
                     list(dict.fromkeys(group for each in partitions for group in each.groups)),
                     self.config,
                     directory=self.directory,
-                    key=self._stages.key("train"),
-                    special=self._special,
+                    key=self.stages.key("train"),
+                    special=self.special,
                     cached=cached,
                 )
                 write_json(path, summary)
@@ -170,7 +170,7 @@ class Run(OpenRun):
     def evaluate(self) -> list[dict[str, Any]]:
         """Judge every SAE at every layer on held-out text; returns the rows of the table."""
         path = self.directory / "evaluation" / "reconstruction.json"
-        with self._stages.stage("evaluate", path) as todo:
+        with self.stages.stage("evaluate", path) as todo:
             if todo:
                 from groupsae.evaluation.reconstruction import evaluate_reconstruction
 
@@ -180,7 +180,7 @@ class Run(OpenRun):
                     self.subjects(),
                     tokens=self.config.evaluation.tokens,
                     batch_contexts=self.config.evaluation.batch_contexts,
-                    special=self._special,
+                    special=self.special,
                 )
                 write_json(path, result | {"equal": self._what_was_equal()})
         rows: list[dict[str, Any]] = read_json(path, rows=list[_Row])["rows"]
@@ -196,7 +196,7 @@ class Run(OpenRun):
             The content of each `evaluation/circuits/<task>.json`.
         """
         folder = self.directory / "evaluation" / "circuits"
-        with self._stages.stage("circuits", folder) as todo:
+        with self.stages.stage("circuits", folder) as todo:
             if todo:
                 self._circuits.judge_all()
         return self._circuits.results()
@@ -243,7 +243,7 @@ class Run(OpenRun):
             The content of `evaluation/similarity.json`.
         """
         path = self.directory / "evaluation" / "similarity.json"
-        with self._stages.stage("similarity", path) as todo:
+        with self.stages.stage("similarity", path) as todo:
             if todo:
                 from groupsae.evaluation.similarity import evaluate_similarity
 
@@ -257,7 +257,7 @@ class Run(OpenRun):
                     self._of_each_layer(saes, "twin") or None,
                     tokens=self.config.similarity.tokens,
                     batch_contexts=self.config.evaluation.batch_contexts,
-                    special=self._special,
+                    special=self.special,
                     matrix_groups=[subjects[0].groups_total],
                 )
                 write_json(path, result)
@@ -270,7 +270,7 @@ class Run(OpenRun):
             The content of `interpretation/depth.json`; the latents lie in `interpretation/cache`.
         """
         path = self.directory / "interpretation" / "depth.json"
-        with self._stages.stage("interpret", path) as todo:
+        with self.stages.stage("interpret", path) as todo:
             if todo:
                 from groupsae.interpretation import depth
                 from groupsae.interpretation.cache_pass import write_latent_cache
@@ -284,7 +284,7 @@ class Run(OpenRun):
                     {(name, layer): sae for layer, (name, sae) in _named(subject).items()},
                     tokens=self.config.interpretation.tokens,
                     batch_contexts=self.config.evaluation.batch_contexts,
-                    special=self._special,
+                    special=self.special,
                 )
                 profiles = {name: depth.depth_profile(cache, name) for name in cache.sae_names}
                 result = {
@@ -301,7 +301,7 @@ class Run(OpenRun):
         """The latents that `interpret` kept: every firing on held-out text, by SAE and layer."""
         from groupsae.interpretation.latent_cache import LatentCache
 
-        self._stages.need("interpretation/depth.json", "interpret")
+        self.stages.need("interpretation/depth.json", "interpret")
         return LatentCache(self.directory / "interpretation" / "cache")
 
     def export_to_delphi(self, directory: Path) -> None:
@@ -371,7 +371,7 @@ class Run(OpenRun):
         run = cls(directory, config, host=host)
         run.distances()
         run.groups()
-        imports.place(saes, run._stages, folders)
+        imports.place(saes, run.stages, folders)
         return run
 
     def sweep(self, vary: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
@@ -408,7 +408,7 @@ class Run(OpenRun):
                 folder / "saes",
                 host=self.host,
                 stream=self.corpus.held_out(),
-                special=self._special,
+                special=self.special,
             )
             write_json(path, {"name": folder.name, "key": key} | results)
         else:
@@ -420,11 +420,11 @@ class Run(OpenRun):
     def report(self) -> Path:
         """Write `report.html` and the figures; returns the page's path."""
         path = self.directory / "report.html"
-        with self._stages.stage("report", path) as todo:
+        with self.stages.stage("report", path) as todo:
             if todo:
                 from groupsae.report import write_report
 
-                self._stages.need("distances.json", "distances")
+                self.stages.need("distances.json", "distances")
                 write_report(self.directory, formats=self.config.report.formats)
         return path
 
@@ -433,10 +433,10 @@ class Run(OpenRun):
 
         Text is counted up to ten million tokens, and not at all where it is streamed.
         """
-        if self._stages.is_done("evaluate"):
+        if self.stages.is_done("evaluate"):
             return
         self._check_sizes(self.config)
-        if not self._stages.is_done("train"):
+        if not self.stages.is_done("train"):
             self._check_start(self.config)
             self._cached(self.layers)
         if self.corpus.documents.count is None:
@@ -447,7 +447,7 @@ class Run(OpenRun):
             tokens = config.grouping.distance_tokens
             _require(self.corpus.train(), tokens, "grouping.distance_tokens")
             stream, start = self.corpus.train(), self._start
-            if start is not None and not self._stages.is_done("train"):
+            if start is not None and not self.stages.is_done("train"):
                 start.go_on(stream)
             _require(stream, config.training.tokens, "training.tokens")
 
@@ -464,7 +464,7 @@ class Run(OpenRun):
         from groupsae.grouping.table import PartitionTable
 
         path = self.directory / "distances.json"
-        with self._stages.stage("distances", path) as todo:
+        with self.stages.stage("distances", path) as todo:
             if todo:
                 (self.directory / "moments.safetensors").unlink(missing_ok=True)
                 write_json(path, distances.to_json())
@@ -473,7 +473,7 @@ class Run(OpenRun):
                     f"{self.directory} holds other distances; choose another directory with --out"
                 )
         path = self.directory / "partition.json"
-        with self._stages.stage("groups", path) as todo:
+        with self.stages.stage("groups", path) as todo:
             if todo:
                 declared = self.config.host.n_layers and self.config.host.d_model
                 cost = self.cost() if declared else None
@@ -503,7 +503,7 @@ class Run(OpenRun):
         from groupsae.attached import attached, named
 
         saes = named(self.subjects(), partition).saes
-        return attached(self.host, saes, model, layers=layers, special=self._special, where=where)
+        return attached(self.host, saes, model, layers=layers, special=self.special, where=where)
 
     def push(
         self,
@@ -524,11 +524,11 @@ class Run(OpenRun):
     def _circuits(self) -> CircuitStage:
         from groupsae.circuits import CircuitStage
 
-        return CircuitStage(self._stages, lambda: self.host, self.subjects, lambda: self._special)
+        return CircuitStage(self)
 
     def _what_was_equal(self) -> str:
         """What the SAEs that are compared had in common in training."""
-        path = self._stages.need("training.json", "train")
+        path = self.stages.need("training.json", "train")
         if "imported" in read_json(path):
             return "held-out tokens; the SAEs were trained elsewhere"
         tokens = read_json(path, tokens_per_sae=int)["tokens_per_sae"]
@@ -576,7 +576,7 @@ class Run(OpenRun):
         if start is None:
             return
         groups: list[tuple[int, ...]] = [(layer,) for layer in self.layers]
-        if self._stages.is_done("groups"):
+        if self.stages.is_done("groups"):
             groups += [group for each in self.partitions() for group in each.groups]
         elif self.config.grouping.partition is not None:
             known = chosen_beforehand(self.config, self.layers)
@@ -597,11 +597,11 @@ class Run(OpenRun):
             lambda: load_host(asked.model_copy(update={"dtype": "float32"})),
             self.corpus.train(),
             layers,
-            self._special,
+            self.special,
         )
         if found is not None:
             log.info("%s", found)
-            self._stages.note_provenance(host_precision=str(found))
+            self.stages.note_provenance(host_precision=str(found))
 
     def _check_sizes(self, config: Config) -> None:
         from groupsae.sae.kernels import choose
@@ -610,7 +610,7 @@ class Run(OpenRun):
         sae_config(config, self.layers, self.host.d_model)
         choose(config.training.kernel, self.host.device)
         config.training.weights_of(self.layers)
-        if not self._stages.is_done("groups"):
+        if not self.stages.is_done("groups"):
             chosen_beforehand(self.config, self.layers)
 
     def _measure(self, layers: Sequence[int]) -> dict[str, Any]:
@@ -627,7 +627,7 @@ class Run(OpenRun):
             batch_contexts=self.config.training.host_batch_contexts,
             center=asked.center,
             similarity=asked.similarity,
-            special=self._special,
+            special=self.special,
         )
         save_moments(result.moments, self.directory / "moments.safetensors")
         note = threshold_note(asked.similarity)
@@ -638,7 +638,7 @@ class Run(OpenRun):
 
     def _key_of_sweep(self, stage: str, members: Iterable[Member]) -> str:
         """Identifies what the members and the run's own seed, that of the batches, make."""
-        keys = [(member.name, self._stages.key(stage, member.config)) for member in members]
+        keys = [(member.name, self.stages.key(stage, member.config)) for member in members]
         content = json.dumps([self.config.training.seed, keys])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -671,7 +671,7 @@ class Run(OpenRun):
                 self.config,
                 directory=folder,
                 key=key,
-                special=self._special,
+                special=self.special,
                 cached=cached,
             )
             write_json(path, summary)

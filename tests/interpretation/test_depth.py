@@ -137,3 +137,16 @@ def test_an_sae_without_firings_is_said(host, corpus, tmp_path):
     assert cache.d_sae("dead") == D_SAE
     with pytest.raises(InputError, match="no latent of dead fires on any of the 64 tokens"):
         depth_profile(cache, "dead")
+
+
+def test_a_heat_map_has_every_firing_latent_by_depth(cache):
+    profile = depth_profile(cache, NAME)
+    whole = profile.heat_map(rows=10**6)
+    firing = [i for i in profile.order if not profile.silent[i]]
+    np.testing.assert_allclose(whole["share"], profile.share_of_firings[firing], atol=1e-5)
+    assert (whole["latents_per_row"], whole["silent"]) == (1, len(SILENT))
+    binned = profile.heat_map(rows=5)
+    assert len(binned["share"]) == 5
+    assert binned["latents_per_row"] == len(firing) / 5
+    np.testing.assert_allclose(np.sum(binned["share"], axis=1), 1, atol=1e-4)
+    assert np.all(np.diff(np.array(binned["share"]) @ [0, 1]) >= 0)  # ever deeper

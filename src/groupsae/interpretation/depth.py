@@ -27,6 +27,8 @@ DEFINITIONS = {
     "one, some, all": "shares of the latents that fire at all which live at exactly one member "
     "layer, at several but not all, at all of several",
     "silent": "share of all latents that fire at no member layer",
+    "heat map": "share of a latent's firings that falls on each member layer; the latents that fire "
+    "are ordered by centre, and where there are many a row is the mean of latents_per_row of them",
     "centre": "mean of the member layers, weighted by the latent's rate there: its centre of mass",
 }
 
@@ -112,6 +114,21 @@ class DepthProfile:
             "all": float((living == len(self.layers)).mean()) if several else 0.0,
             "mean_persistence": float(self.mean_persistence[~self.silent].mean()),
             "persistence": self.persistence.sum(0).tolist(),
+        }
+
+    def heat_map(self, rows: int = 400) -> dict[str, Any]:
+        """The shares of firings of the latents that fire, by centre of mass, fit for JSON.
+
+        Args:
+            rows: At most; where there are more latents, a row is the mean of neighbouring ones.
+        """
+        firing = self.order[: len(self.silent) - int(self.silent.sum())]
+        bins = np.array_split(firing, min(rows, len(firing)))
+        return {
+            "layers": list(self.layers),
+            "latents_per_row": len(firing) / len(bins),
+            "silent": int(self.silent.sum()),
+            "share": [self.share_of_firings[own].mean(0).round(5).tolist() for own in bins],
         }
 
 
