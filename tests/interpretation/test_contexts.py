@@ -83,6 +83,26 @@ def test_top_contexts_and_deciles(case, before, after, top, per_decile):
     assert len(samples) == len(set(samples))
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.permutations([1, 4, 6]))
+def test_firings_are_pooled_by_position(seed, tokens, layers):
+    random = np.random.default_rng(seed)
+    table = random.choice([0, 0.5, 1, 2], (len(layers), tokens)).astype(np.float32)
+    table[0, 0] = 0.5
+    firings = {
+        layer: Firings(np.flatnonzero(row).astype(np.int32), row[row > 0])
+        for layer, row in zip(layers, table, strict=True)
+    }
+    found = pooled(firings)
+    assert found.positions.tolist() == np.flatnonzero(table.any(0)).tolist()
+    assert found.activations.tolist() == table.max(0)[found.positions].tolist()
+    lowest_first = table[np.argsort(layers)]
+    assert (
+        found.layers.tolist() == np.sort(layers)[lowest_first.argmax(0)][found.positions].tolist()
+    )
+    assert found.n_layers.tolist() == (table > 0).sum(0)[found.positions].tolist()
+
+
 def test_layers_are_pooled_by_the_larger_activation(host, corpus, saes, cache):
     by_layer = {layer: cache.firings("layers-00-01", layer, 7) for layer in (0, 1)}
     both = np.stack([dense(host, corpus, saes["layers-00-01"], at)[:, 7].numpy() for at in (0, 1)])

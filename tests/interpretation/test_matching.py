@@ -16,30 +16,41 @@ from tests.interpretation.test_depth import firing_range
 
 
 @settings(max_examples=100, deadline=None)
-@given(patterns=two_patterns(), block=st.integers(1, 15))
-def test_companions_are_those_of_the_sets(patterns, block):
+@given(patterns=two_patterns(), n=st.integers(1, 6), block=st.integers(1, 15))
+def test_companions_are_those_of_the_sets(patterns, n, block):
     a, b = patterns  # [token, latent]
-    best, which = companions(firing_range(a.T), firing_range(b.T), positions=len(a), block=block)
-    assert best.tolist() == pytest.approx(concordance(firings_of(a), firings_of(b))[0].tolist())
-    for latent, (jaccard, other) in enumerate(zip(best, which, strict=True)):
-        if other < 0:
-            assert jaccard == 0
-            assert not (a[:, latent, None] & b).any()
-        else:
-            one, two = (set(np.flatnonzero(x)) for x in (a[:, latent], b[:, other]))
-            assert jaccard == pytest.approx(len(one & two) / len(one | two))
+    ranges = [firing_range(pattern.T) for pattern in patterns]
+    best, which = companions(*ranges, n, positions=len(a), block=block)
+    assert best[:, 0].tolist() == pytest.approx(
+        concordance(firings_of(a), firings_of(b))[0].tolist()
+    )
+    both, either = (a[:, :, None] & b[:, None]).sum(0), (a[:, :, None] | b[:, None]).sum(0)
+    jaccard = both / np.maximum(either, 1)
+    order = np.argsort(-jaccard, axis=1, kind="stable")[:, :n]
+    values = np.take_along_axis(jaccard, order, 1)
+    assert which.tolist() == np.where(values > 0, order, -1).tolist()
+    np.testing.assert_allclose(best, values)
 
 
+@pytest.mark.parametrize("n", [1, 3, 20])
 @pytest.mark.parametrize("block", [1, 3, 100])
-def test_nearest_rows_are_those_of_all_cosines(block):
+def test_nearest_rows_are_those_of_all_cosines(block, n):
     generator = torch.Generator().manual_seed(0)
     A, B = torch.randn(7, 5, generator=generator), torch.randn(11, 5, generator=generator)
     A[2] = -3 * B[4]
-    cosines, which = nearest_rows(A, B, block)
+    cosines, which = nearest_rows(A, B, n, block)
     every = torch.cosine_similarity(A[:, None].double(), B[None].double(), dim=2)
-    torch.testing.assert_close(cosines.double(), every.amax(1), rtol=1e-5, atol=1e-6)
-    assert which.tolist() == every.argmax(1).tolist()
-    torch.testing.assert_close(cosines, best_matches(A, B)[0])
+    largest, at = every.topk(min(n, 11), dim=1)
+    torch.testing.assert_close(cosines.double(), largest, rtol=1e-5, atol=1e-6)
+    assert which.tolist() == at.tolist()
+    torch.testing.assert_close(cosines[:, 0], best_matches(A, B)[0])
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 100])
+def test_of_equal_rows_the_first_are_taken(block):
+    B = torch.tensor([[0.0, 1], [2, 0], [1, 0], [0, 1], [4, 0]])
+    _, which = nearest_rows(torch.eye(2), B, 3, block)
+    assert which.tolist() == [[1, 2, 4], [0, 3, 1]]
 
 
 def test_a_group_against_a_baseline(host, corpus, saes, cache):
@@ -49,22 +60,33 @@ def test_a_group_against_a_baseline(host, corpus, saes, cache):
     both = ours.double().T @ theirs.double()
     either = ours.sum(0)[:, None] + theirs.sum(0) - both
     jaccard = torch.where(both > 0, both / either, 0)
-    np.testing.assert_allclose(found.jaccard, jaccard.amax(1), rtol=1e-12)
-    assert (found.companion[list(SILENT)] == -1).all()
+    np.testing.assert_allclose(found.jaccard[:, 0], jaccard.amax(1), rtol=1e-12)
+    assert (found.companions[list(SILENT)] == -1).all()
     rows = torch.cosine_similarity(
         saes[name].W_dec.detach()[:, None], saes[baseline].W_dec.detach()[None], dim=2
     )
-    np.testing.assert_allclose(found.cosine, rows.amax(1), rtol=1e-5)
-    assert found.nearest.tolist() == rows.argmax(1).tolist()
+    np.testing.assert_allclose(found.cosine[:, 0], rows.amax(1), rtol=1e-5)
+    assert found.nearest[:, 0].tolist() == rows.argmax(1).tolist()
 
 
 def test_an_sae_matches_itself(saes, cache):
     name = "baseline/layers-00"
     found = match(cache, name, saes[name], name, saes[name], 0)
     fires = cache.density(name, 0) > 0
-    assert found.nearest.tolist() == list(range(40))
+    assert found.nearest[:, 0].tolist() == list(range(40))
     np.testing.assert_allclose(found.cosine, 1, rtol=1e-5)
-    assert (found.jaccard == fires).all()
+    assert (found.jaccard[:, 0] == fires).all()
+
+
+def test_several_matches_of_some_latents(saes, cache):
+    name, baseline, layer = "layers-00-01", "baseline/layers-01", 1
+    options = (cache, name, saes[name], baseline, saes[baseline], layer)
+    every, some = match(*options, n=4), match(*options, n=4, latents=np.array([2, 9, 30]))
+    assert every.nearest.shape == every.companions.shape == (40, 4)
+    np.testing.assert_allclose(some.cosine, every.cosine[[2, 9, 30]], rtol=1e-5)
+    assert some.nearest.tolist() == every.nearest[[2, 9, 30]].tolist()
+    assert some.jaccard.tolist() == every.jaccard[[2, 9, 30]].tolist()
+    assert some.companions.tolist() == every.companions[[2, 9, 30]].tolist()
 
 
 @settings(max_examples=100, deadline=None)

@@ -29,5 +29,6 @@ def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tasks=("ioi", HOSTILE),
         refused_task=HOSTILE,
         similarity=True,
+        interpretation=True,
     )
     return write_report(directory)

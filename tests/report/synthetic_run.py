@@ -14,6 +14,7 @@ import yaml
 from tests.report.synthetic_circuits import circuits as circuits_artefact
 from tests.report.synthetic_circuits import refused as refused_artefact
 from tests.report.synthetic_circuits import similarity as similarity_artefact
+from tests.report.synthetic_interpretation import annotation, depth, explanation, ground_truth
 
 D_MODEL, EXPANSION, CONTEXT = 128, 16, 128
 
@@ -32,10 +33,12 @@ def write_run(
     tasks: Sequence[str] = (),
     refused_task: str | None = None,
     similarity: bool = False,
+    interpretation: bool = False,
 ) -> Path:
     """A run over layers 0 .. n_layers-1 of a host with one layer more.
 
-    `also_groups` are evaluated beside the chosen G. Circuits and similarity are there if asked for.
+    `also_groups` are evaluated beside the chosen G. Circuits, similarity and interpretation are
+    there if asked for.
     """
     generator = np.random.default_rng(seed)
     layers = list(range(n_layers))
@@ -81,6 +84,13 @@ def write_run(
             directory / "evaluation" / "similarity.json",
             similarity_artefact(partitions, layers, d_sae=D_MODEL * EXPANSION),
         )
+    if interpretation:
+        folder, d_sae = directory / "interpretation", D_MODEL * EXPANSION
+        _write_json(folder / "depth.json", depth(partitions, layers, d_sae=d_sae))
+        _write_json(folder / "ground_truth.json", ground_truth(partitions, layers, d_sae=d_sae))
+        for by, scores in (("annotation", annotation), ("explanation", explanation)):
+            _write_json(folder / by / "scores.json", scores(partitions, layers, of="0" * 16))
+        _write(folder / "browser" / "index.html", "<!doctype html>")
     training = {
         "steps": steps,
         "tokens_per_sae": steps * batch_tokens,
@@ -100,6 +110,7 @@ def write_run(
             ("evaluate", 48.0),
             *([("circuits", 412.0)] if tasks or refused_task is not None else []),
             *([("similarity", 63.0)] if similarity else []),
+            *([("interpret", 95.0)] if interpretation else []),
         ]
     }
     _write_json(directory / "stages.json", stages)

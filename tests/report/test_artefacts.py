@@ -14,7 +14,13 @@ from tests.report.synthetic_run import write_run
 @pytest.fixture
 def run_directory(tmp_path: Path) -> Path:
     return write_run(
-        tmp_path / "run", n_layers=3, chosen=2, steps=60, tasks=("ioi",), similarity=True
+        tmp_path / "run",
+        n_layers=3,
+        chosen=2,
+        steps=60,
+        tasks=("ioi",),
+        similarity=True,
+        interpretation=True,
     )
 
 
@@ -47,6 +53,36 @@ def test_circuits_and_similarity_of_an_earlier_config_are_passed_over(
     run = read_run(run_directory)
     assert bool(run.circuits) == (stage != "circuits")
     assert (run.similarity is None) == (stage == "similarity")
+
+
+def test_what_was_interpreted_is_read(run_directory: Path) -> None:
+    run = read_run(run_directory)
+    assert run.depth is not None
+    assert run.ground_truth is not None
+    assert run.annotation is not None
+    assert run.explanation is not None
+    assert run.browser == "interpretation/browser/index.html"
+    shutil.rmtree(run_directory / "interpretation" / "browser")
+    assert read_run(run_directory).browser is None
+
+
+def test_an_interpretation_of_an_earlier_config_is_passed_over(run_directory: Path) -> None:
+    stages = json.loads((run_directory / "stages.json").read_text())
+    del stages["interpret"]
+    (run_directory / "stages.json").write_text(json.dumps(stages))
+    run = read_run(run_directory)
+    assert run.depth is run.ground_truth is run.annotation is run.explanation is run.browser is None
+
+
+@pytest.mark.parametrize("stage", [{"key": "1" * 16}, {}, "0" * 16, None])
+def test_scores_of_another_interpretation_are_passed_over(
+    run_directory: Path, stage: object
+) -> None:
+    stages = json.loads((run_directory / "stages.json").read_text())
+    (run_directory / "stages.json").write_text(json.dumps(stages | {"interpret": stage}))
+    run = read_run(run_directory)
+    assert run.annotation is run.explanation is None
+    assert run.depth is not None
 
 
 CURVE = {
@@ -192,6 +228,46 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
             '{"layers": [0], "rows": [], "matrices": {}, "yardstick": [{}]}',
             "'layer' is missing",
         ),
+        ("interpretation/depth.json", "{", "is not JSON"),
+        ("interpretation/depth.json", '{"saes": {"a": [1]}}', "no object"),
+        ("interpretation/depth.json", '{"saes": {"a": [{"layers": []}]}}', "list of layers"),
+        ("interpretation/depth.json", '{"saes": {}, "subjects": [{}]}', "'partition' is missing"),
+        (
+            "interpretation/depth.json",
+            '{"saes": {}, "subjects": [{"partition": "groups", "groups_total": 1, '
+            '"saes": {"x": "a"}}]}',
+            "a subject's 'saes' has 'x'",
+        ),
+        (
+            "interpretation/depth.json",
+            '{"saes": {}, "subjects": [], '
+            '"profiles": {"a": {"layers": [0, 1], "share": [[0.5, 0.5], [1]]}}}',
+            "'share' is not 2 x 2",
+        ),
+        ("interpretation/ground_truth.json", '{"attributes": [{}]}', "'attribute' is missing"),
+        (
+            "interpretation/ground_truth.json",
+            '{"attributes": [], "means": [], "coverage": [{"source": "probe"}]}',
+            "'layer' is missing",
+        ),
+        (
+            "interpretation/ground_truth.json",
+            '{"attributes": [], "means": [], "coverage": [], '
+            '"rows": [{"source": "probe", "latent": "7"}]}',
+            "'latent' is a str",
+        ),
+        (
+            "interpretation/ground_truth.json",
+            '{"attributes": [], "means": [{"source": "trained", "partition": "groups"}]}',
+            "'groups_total' is missing",
+        ),
+        (
+            "interpretation/ground_truth.json",
+            '{"attributes": [], "means": [{"source": "x"}]}',
+            "'source' is 'x'",
+        ),
+        ("interpretation/annotation/scores.json", '{"rows": [{}]}', "'partition' is missing"),
+        ("interpretation/explanation/scores.json", '{"rows": [], "counts": 1}', "'counts'"),
         ("saes/layers-00/cfg.json", '{"layers": null}', "'layers' is a NoneType"),
     ],
 )

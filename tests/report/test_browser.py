@@ -27,7 +27,7 @@ def test_a_hostile_page_opens_from_a_file_without_a_console_message(
 def test_every_figure_is_drawn(browser: Browser, hostile_page: Path) -> None:
     browser.open(hostile_page)
     widths = browser.run("return Array.from(document.images, image => image.naturalWidth)")
-    assert len(widths) == 22
+    assert len(widths) == 27
     assert min(widths) > 100
 
 
@@ -103,4 +103,18 @@ def test_every_sortable_table_sorts_by_every_column(browser: Browser, hostile_pa
         return wrong;
     """)
     assert unsorted == []
+    assert browser.console() == []
+
+
+def test_the_latents_pages_and_cards_are_one_click_away(
+    browser: Browser, hostile_page: Path
+) -> None:
+    browser.open(hostile_page)
+    browser.click("a.button")
+    assert browser.run("return location.href").endswith("/interpretation/browser/index.html")
+    browser.open(hostile_page)
+    browser.run("for (const details of document.querySelectorAll('details')) details.open = true")
+    latent = browser.run("return document.querySelector('#circuit-latents td a').textContent")
+    browser.click("#circuit-latents td a")
+    assert browser.run("return location.hash").endswith(f"/{latent}")
     assert browser.console() == []

@@ -46,6 +46,11 @@ FURTHER = {
     "similarity_matrices",
     "similarity_mmcs_of_every_g",
     "similarity_concordance_of_every_g",
+    "depth_heat_maps",
+    "depth_heat_maps_of_1",
+    "ground_truth_per_layer",
+    "ground_truth_by_groups",
+    "interpretability_scores",
 }
 
 
@@ -403,10 +408,21 @@ def test_a_single_layer_can_be_reported(tmp_path: Path) -> None:
         ("evaluation/reconstruction.json", "groupsae evaluate"),
         ("evaluation/circuits/ioi.json", "groupsae circuits RUN"),
         ("evaluation/similarity.json", "groupsae similarity RUN"),
+        ("interpretation/depth.json", "groupsae interpret RUN"),
+        ("interpretation/annotation/scores.json", "groupsae annotate RUN"),
+        ("interpretation/explanation/scores.json", "groupsae explain RUN"),
     ],
 )
 def test_a_missing_artefact_leaves_a_hint(tmp_path: Path, artefact: str, command: str) -> None:
-    directory = write_run(tmp_path, n_layers=3, chosen=2, steps=20, tasks=("ioi",), similarity=True)
+    directory = write_run(
+        tmp_path,
+        n_layers=3,
+        chosen=2,
+        steps=20,
+        tasks=("ioi",),
+        similarity=True,
+        interpretation=True,
+    )
     assert f"Not run yet: {command} " not in words(directory).text
     (directory / artefact).unlink()
     page = words(directory)
@@ -417,7 +433,7 @@ def test_a_run_that_has_only_begun_can_be_reported(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("host: {name: beginner}\n")
     page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
     assert "No stage of this run has finished yet." in page.text
-    assert page.text.count("Not run yet") == 7
+    assert page.text.count("Not run yet") == 8
     assert not page.all("img")
 
 

@@ -45,7 +45,12 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Pair:
-    """A group's latent beside the latent of a layer's baseline that it is most similar to."""
+    """A group's latent beside the latent of a layer's baseline that it is most similar to.
+
+    Attributes:
+        cosine: Of their decoder rows, the largest of the group's latent with any of the baseline's.
+        jaccard: Of their firing on the same tokens of the layer.
+    """
 
     layer: int
     sae: str
@@ -54,6 +59,25 @@ class Pair:
     baseline_latent: int
     cosine: float
     jaccard: float
+
+
+@dataclass(frozen=True)
+class PairStratum:
+    """Pairs whose cosine lies in one part of its range, at one layer.
+
+    Attributes:
+        layer: Of the baseline.
+        low, high: The part's ends.
+        population: How many of the group's latents lie there; of those that fire at the layer, as
+            does the baseline's nearest.
+        pairs: Those that were drawn, the least similar first.
+    """
+
+    layer: int
+    low: float
+    high: float
+    population: int
+    pairs: tuple[Pair, ...]
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import numpy as np
-from jaxtyping import Float32, Int, Int32, Int64
+from jaxtyping import Float32, Int32, Int64
 
 from groupsae.errors import InputError
 from groupsae.interpretation.latent_cache import Firings, LatentCache
 
 DECILES = 10
+BEFORE, AFTER = 24, 8  # tokens shown around a firing
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ def latent_contexts(
     *,
     top: int = 20,
     per_decile: int = 5,
-    before: int = 24,
-    after: int = 8,
+    before: int = BEFORE,
+    after: int = AFTER,
     seed: int = 0,
 ) -> LatentContexts:
     """The contexts of one latent. Activations of several layers are compared as they are.
@@ -86,10 +88,7 @@ def latent_contexts(
     firings = {layer: cache.firings(sae_name, layer, latent) for layer in cache.layers(sae_name)}
     firings = {layer: found for layer, found in firings.items() if len(found.positions)}
     if not firings:
-        raise InputError(
-            f"latent {latent} of {sae_name} fires on none of the {cache.manifest.tokens:,} tokens "
-            "of the latent cache; choose another latent, or cache more tokens"
-        )
+        raise never_fires(cache, sae_name, latent)
     windows = Windows(cache.tokens, before, after)
     options = {"top": top, "per_decile": per_decile}
     by_layer = {
@@ -102,28 +101,49 @@ def latent_contexts(
     return LatentContexts(overall, by_layer)
 
 
+def never_fires(cache: LatentCache, sae_name: str, latent: int) -> InputError:
+    """What is raised where contexts of a latent are asked for that has none."""
+    return InputError(
+        f"latent {latent} of {sae_name} fires on none of the {cache.manifest.tokens:,} tokens of "
+        "the latent cache; choose another latent, or cache more tokens"
+    )
+
+
 @dataclass(frozen=True)
 class Pooled:
     """A latent's firings at several layers, each position once with the largest activation.
 
     Attributes:
         layers: Where that is.
+        n_layers: At how many of the layers it fires there.
     """
 
     positions: Int32[np.ndarray, " firing"]
     activations: Float32[np.ndarray, " firing"]
-    layers: Int[np.ndarray, " firing"]
+    layers: Int64[np.ndarray, " firing"]
+    n_layers: Int64[np.ndarray, " firing"]
 
 
 def pooled(firings: Mapping[int, Firings]) -> Pooled:
     """The firings of all layers together; of equal activations the lowest layer's."""
+    if len(firings) == 1:
+        ((layer, found),) = firings.items()
+        n_layers = np.ones(len(found.positions), np.int64)
+        return Pooled(*found, layer * n_layers, n_layers)
     positions = np.concatenate([found.positions for found in firings.values()])
-    activations = np.concatenate([found.activations for found in firings.values()])
-    layers = np.repeat([*firings], [len(found.positions) for found in firings.values()])
-    order = np.lexsort((layers, -activations, positions))
-    _, first = np.unique(positions[order], return_index=True)
-    chosen = order[first]
-    return Pooled(positions[chosen], activations[chosen], layers[chosen])
+    order = np.argsort(positions, kind="stable")  # quick: it merges parts that are sorted
+    is_new = np.diff(positions[order], prepend=-1) > 0
+    place = np.empty(len(order), np.int64)
+    place[order] = is_new.cumsum() - 1
+    n_layers = np.bincount(place)
+    activations, layers = np.zeros(len(n_layers), np.float32), np.zeros_like(n_layers)
+    ends = np.cumsum([len(found.positions) for found in firings.values()])
+    places = dict(zip(firings, np.split(place, ends[:-1]), strict=True))
+    for layer in sorted(firings, reverse=True):
+        here, own = places[layer], firings[layer].activations
+        largest = own >= activations[here]
+        activations[here[largest]], layers[here[largest]] = own[largest], layer
+    return Pooled(positions[order[is_new]], activations, layers, n_layers)
 
 
 @dataclass(frozen=True)
@@ -134,17 +154,16 @@ class Windows:
     before: int
     after: int
 
-    def of(self, position: int) -> slice:
-        """The positions of the window."""
+    def of(
+        self, positions: Int32[np.ndarray, " window"]
+    ) -> tuple[Int32[np.ndarray, " window"], Int32[np.ndarray, " window"]]:
+        """Where the windows begin, and before which positions they end."""
         length = self.tokens.shape[1]
-        begin = position - position % length
-        return slice(
-            max(position - self.before, begin), min(position + self.after + 1, begin + length)
+        begin = positions - positions % length
+        return (
+            np.maximum(positions - self.before, begin),
+            np.minimum(positions + self.after + 1, begin + length),
         )
-
-    def ids(self, position: int) -> tuple[int, ...]:
-        """The token ids of the window."""
-        return tuple(self.tokens.reshape(-1)[self.of(position)].tolist())
 
 
 def contexts_of(
@@ -157,18 +176,27 @@ def contexts_of(
 ) -> Contexts:
     """Choose among a latent's firings; see :class:`Contexts`."""
     rising = np.argsort(firings.activations, kind="stable")
-    strongest = _distinct(rising[::-1], firings, windows, top, set())
-    random, seen = np.random.default_rng(seed), set[tuple[int, ...]]()
-    edges = len(rising) * np.arange(DECILES + 1) // DECILES
-    deciles = [
-        _distinct(random.permutation(part), firings, windows, per_decile, seen)
-        for part in np.split(rising, edges[1:-1])
+    chosen = [_distinct(rising[::-1], firings, windows, top, set())]
+    chosen += _samples(rising, firings, windows, per_decile, seed) if per_decile else [[]] * DECILES
+    shown = _shown(np.array([*chain(*chosen)], np.int64), firings, windows)
+    strongest, *deciles = (tuple(islice(shown, len(part))) for part in chosen)
+    return Contexts(len(rising), strongest, tuple(deciles))
+
+
+def _samples(
+    rising: Int64[np.ndarray, " firing"],
+    firings: Pooled,
+    windows: Windows,
+    wanted: int,
+    seed: tuple[int, ...],
+) -> list[list[int]]:
+    """Firings of each tenth, weakest tenth first."""
+    random, seen = np.random.default_rng(seed), set[bytes]()
+    edges = len(rising) * np.arange(1, DECILES) // DECILES
+    return [
+        _distinct(random.permutation(part), firings, windows, wanted, seen)
+        for part in np.split(rising, edges)
     ]
-    return Contexts(
-        len(rising),
-        tuple(_shown(i, firings, windows) for i in strongest),
-        tuple(tuple(_shown(i, firings, windows) for i in decile) for decile in deciles),
-    )
 
 
 def _distinct(
@@ -176,35 +204,56 @@ def _distinct(
     firings: Pooled,
     windows: Windows,
     wanted: int,
-    seen: set[tuple[int, ...]],
+    seen: set[bytes],
 ) -> list[int]:
-    """The first `wanted` firings of `order` from different contexts whose windows are not seen."""
+    """The first `wanted` firings of `order` from different contexts whose windows are not seen.
+
+    Their windows' tokens are added to those that are seen.
+    """
+    ids, length = windows.tokens.reshape(-1), windows.tokens.shape[1]
     chosen: list[int] = []
     contexts: set[int] = set()
-    candidates: Iterable[int] = order if wanted else ()
-    for i in map(int, candidates):
-        position = int(firings.positions[i])
-        context, ids = position // windows.tokens.shape[1], windows.ids(position)
-        if context not in contexts and ids not in seen:
-            contexts.add(context)
-            seen.add(ids)
-            chosen.append(i)
-            if len(chosen) == wanted:
-                break
+    some = 4 * wanted  # most often enough
+    while len(chosen) < wanted and len(order):
+        candidates, order = order[:some], order[some:]
+        positions = firings.positions[candidates]
+        columns = (candidates, positions // length, *windows.of(positions))
+        for i, context, first, last in zip(*(column.tolist() for column in columns), strict=True):
+            window = ids[first:last].tobytes()
+            if context not in contexts and window not in seen:
+                contexts.add(context)
+                seen.add(window)
+                chosen.append(i)
+                if len(chosen) == wanted:
+                    break
     return chosen
 
 
-def _shown(i: int, firings: Pooled, windows: Windows) -> Context:
-    position = int(firings.positions[i])
-    window = windows.of(position)
-    strengths = np.zeros(window.stop - window.start, np.float32)
-    first, last = np.searchsorted(firings.positions, (window.start, window.stop))
-    strengths[firings.positions[first:last] - window.start] = firings.activations[first:last]
-    return Context(
-        layer=int(firings.layers[i]),
-        position=position,
-        activation=float(firings.activations[i]),
-        peak=position - window.start,
-        token_ids=windows.ids(position),
-        strengths=tuple(strengths.tolist()),
+def _shown(
+    chosen: Int64[np.ndarray, " chosen"], firings: Pooled, windows: Windows
+) -> Iterator[Context]:
+    positions = firings.positions[chosen]
+    starts, stops = windows.of(positions)
+    columns = (
+        firings.layers[chosen],
+        positions,
+        firings.activations[chosen],
+        starts,
+        stops,
+        np.searchsorted(firings.positions, starts),
+        np.searchsorted(firings.positions, stops),
     )
+    ids = windows.tokens.reshape(-1)
+    for layer, position, activation, start, stop, first, last in zip(
+        *(column.tolist() for column in columns), strict=True
+    ):
+        strengths = np.zeros(stop - start, np.float32)
+        strengths[firings.positions[first:last] - start] = firings.activations[first:last]
+        yield Context(
+            layer=layer,
+            position=position,
+            activation=activation,
+            peak=position - start,
+            token_ids=tuple(ids[start:stop].tolist()),
+            strengths=tuple(strengths.tolist()),
+        )

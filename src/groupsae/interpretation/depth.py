@@ -27,8 +27,8 @@ DEFINITIONS = {
     "one, some, all": "shares of the latents that fire at all which live at exactly one member "
     "layer, at several but not all, at all of several",
     "silent": "share of all latents that fire at no member layer",
-    "heat map": "share of a latent's firings that falls on each member layer; the latents that fire "
-    "are ordered by centre, and where there are many a row is the mean of latents_per_row of them",
+    "heat map": "share of a latent's firings that falls on each member layer; the latents that "
+    "fire are ordered by centre; where there are many, a row is the mean of latents_per_row",
     "centre": "mean of the member layers, weighted by the latent's rate there: its centre of mass",
 }
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int32, Int64
 from scipy.sparse import csr_array
 from torch import Tensor
 
@@ -16,25 +16,26 @@ from groupsae.interpretation.latent_cache import FiringRange, LatentCache
 from groupsae.sae import SAE
 
 DEFINITIONS = {
-    "cosine": "largest cosine of a latent's decoder row with one of the baseline's",
-    "nearest": "the baseline's latent of that row",
-    "jaccard": "largest |fires(a) and fires(b)| / |fires(a) or fires(b)| with a latent b of the "
-    "baseline, on the same tokens of the same layer; 0 where the latent is silent there",
-    "companion": "the baseline's latent b of that; -1 where there is none",
+    "cosine": "cosines of a latent's decoder row with the baseline's rows, the largest first",
+    "nearest": "the baseline's latents of those rows",
+    "jaccard": "|fires(a) and fires(b)| / |fires(a) or fires(b)| with the latents b of the "
+    "baseline, on the same tokens of the same layer, the largest first; 0 where the latent is "
+    "silent there",
+    "companions": "the baseline's latents b of those; -1 where the index is 0",
 }
 
 
 @dataclass(frozen=True)
 class Matches:
-    """The best matches of each latent of one SAE among those of another, at one layer.
+    """The n best matches of latents of one SAE among those of another, at one layer.
 
     See :data:`DEFINITIONS`.
     """
 
-    cosine: Float64[np.ndarray, " latent"]
-    nearest: Int64[np.ndarray, " latent"]
-    jaccard: Float64[np.ndarray, " latent"]
-    companion: Int64[np.ndarray, " latent"]
+    cosine: Float64[np.ndarray, "latent n"]
+    nearest: Int64[np.ndarray, "latent n"]
+    jaccard: Float64[np.ndarray, "latent n"]
+    companions: Int64[np.ndarray, "latent n"]
 
 
 @dataclass(frozen=True)
@@ -54,71 +55,94 @@ class Stratum:
 
 
 def match(
-    cache: LatentCache, sae_name: str, sae: SAE, baseline_name: str, baseline: SAE, layer: int
+    cache: LatentCache,
+    sae_name: str,
+    sae: SAE,
+    baseline_name: str,
+    baseline: SAE,
+    layer: int,
+    *,
+    n: int = 1,
+    latents: Int64[np.ndarray, " latent"] | None = None,
 ) -> Matches:
-    """The best matches of a group's latents among those of a layer's baseline.
+    """The best matches of a group's latents among those of a layer's baseline, or the other way.
+
+    The firings of both SAEs at the layer are in memory together: about 30 bytes each.
 
     Args:
         sae_name, baseline_name: Their names in the cache.
+        n: How many of each latent; fewer where the baseline has fewer latents.
+        latents: Whose matches; by default those of all.
 
     Raises:
         InputError: If the cache lacks one of them at the layer.
     """
-    whole = [cache.range(name, layer, 0, cache.d_sae(name)) for name in (sae_name, baseline_name)]
-    cosine, nearest = nearest_rows(decoder_rows(sae, layer), decoder_rows(baseline, layer))
-    jaccard, companion = companions(*whole, positions=cache.tokens.size)
-    return Matches(cosine.double().cpu().numpy(), nearest.cpu().numpy(), jaccard, companion)
+    chosen = np.arange(cache.d_sae(sae_name)) if latents is None else latents
+    own, theirs = (cache.range(x, layer, 0, cache.d_sae(x)) for x in (sae_name, baseline_name))
+    rows = decoder_rows(sae, layer)
+    cosine, nearest = nearest_rows(
+        rows[torch.from_numpy(chosen).to(rows.device)], decoder_rows(baseline, layer), n
+    )
+    return Matches(
+        cosine.double().cpu().numpy(),
+        nearest.cpu().numpy(),
+        *companions(_of(chosen, own), theirs, n, positions=cache.tokens.size),
+    )
 
 
 @torch.no_grad()
 def nearest_rows(
-    A: Float[Tensor, "a d_model"], B: Float[Tensor, "b d_model"], block: int = 4096
-) -> tuple[Float[Tensor, " a"], Int64[Tensor, " a"]]:
-    """The largest cosine of each row of A with a row of B, and which; of equal ones the first.
+    A: Float[Tensor, "a d_model"], B: Float[Tensor, "b d_model"], n: int = 1, block: int = 4096
+) -> tuple[Float[Tensor, "a n"], Int64[Tensor, "a n"]]:
+    """The n largest cosines of each row of A with rows of B, and which; of equal ones the first.
 
-    The cosines are those of :func:`groupsae.evaluation.similarity.best_matches`.
+    The cosines are those of :func:`groupsae.evaluation.similarity.best_matches`. Where B has fewer
+    rows than n, there are as many as it has.
 
     Args:
         block: Rows of A and of B that are multiplied at a time.
     """
     dtype = torch.promote_types(A.dtype, torch.float32)
-    best = torch.full((len(A),), -2.0, dtype=dtype, device=A.device)
-    which = torch.zeros(len(A), dtype=torch.int64, device=A.device)
-    for first in range(0, len(A), block):
-        rows = slice(first, first + block)
-        directions = torch.nn.functional.normalize(A[rows].to(dtype), dim=1)
+    found = []
+    for some in torch.split(A, block):
+        directions = torch.nn.functional.normalize(some.to(dtype), dim=1)
+        best = directions.new_empty(len(some), 0)
+        which = best.to(torch.int64)
         for start in range(0, len(B), block):
             columns = torch.nn.functional.normalize(B[start : start + block].to(dtype), dim=1)
-            cosines, indices = (directions @ columns.T).max(1)
-            better = cosines > best[rows]
-            best[rows] = torch.where(better, cosines, best[rows])
-            which[rows] = torch.where(better, indices + start, which[rows])
-    return best.clamp(-1, 1), which
+            largest, at = _largest(directions @ columns.T, n)
+            best, order = torch.cat([best, largest], 1).sort(dim=1, descending=True, stable=True)
+            best, order = best[:, :n], order[:, :n]
+            which = torch.cat([which, at + start], 1).gather(1, order)
+        found.append((best.clamp(-1, 1), which))
+    return torch.cat([best for best, _ in found]), torch.cat([which for _, which in found])
 
 
 def companions(
-    a: FiringRange, b: FiringRange, *, positions: int, block: int = 512
-) -> tuple[Float64[np.ndarray, " a"], Int64[np.ndarray, " a"]]:
-    """For each latent of A the largest Jaccard index with a latent of B, and which.
+    a: FiringRange, b: FiringRange, n: int = 1, *, positions: int, block: int = 512
+) -> tuple[Float64[np.ndarray, "a n"], Int64[np.ndarray, "a n"]]:
+    """For each latent of A the n largest Jaccard indices with latents of B, and which.
 
-    The indices are those of :func:`groupsae.evaluation.concordance.concordance`. Where a latent of
-    A is silent, or fires with none of B, the index is 0, and which is -1.
+    The indices are those of :func:`groupsae.evaluation.concordance.concordance`. Of equal ones the
+    first latents are taken. Where a latent of A fires with fewer than n of B, the others' index is
+    0, and which is -1. Where B has fewer latents than n, there are as many as it has.
 
     Args:
         positions: Tokens of the cache.
         block: Latents of A whose common firings with all of B, `[block, b]`, are in memory at a
             time.
     """
-    by_token = _matrix(b, positions).T.tocsr()
-    of_a, of_b = _matrix(a, positions), np.diff(b.offsets)
-    best, which = np.zeros(of_a.shape[0]), np.full(of_a.shape[0], -1, np.int64)
-    for start in range(0, of_a.shape[0], block):
+    by_token, of_a, of_b = _by_token(b, positions), np.diff(a.offsets), np.diff(b.offsets)
+    n = min(n, len(of_b))
+    best, which = np.zeros((len(of_a), n)), np.full((len(of_a), n), -1, np.int64)
+    own = np.split(a.positions, a.offsets[1:-1])
+    for start in range(0, len(of_a), block):
         some = slice(start, start + block)
-        both = (of_a[some] @ by_token).toarray()
-        either = np.diff(a.offsets)[some, None] + of_b - both
-        jaccard = both / np.maximum(either, 1)
-        best[some] = jaccard.max(axis=1)
-        which[some] = np.where(best[some] > 0, jaccard.argmax(axis=1), -1)
+        both = np.stack([_firings_on(tokens, by_token) for tokens in own[some]])
+        either = of_a[some, None] + of_b - both
+        largest, at = _largest(torch.from_numpy(both / np.maximum(either, 1)), n)
+        best[some] = largest.numpy()
+        which[some] = torch.where(largest > 0, at, -1).numpy()
     return best, which
 
 
@@ -154,8 +178,42 @@ def strata(
     return found
 
 
-def _matrix(firings: FiringRange, positions: int) -> csr_array:
-    """Latents x tokens, a one at every firing."""
-    ones = np.ones(len(firings.positions), np.int32)
+def _largest(
+    values: Float[Tensor, "row column"], n: int
+) -> tuple[Float[Tensor, "row n"], Int64[Tensor, "row n"]]:
+    """The n largest of each row, or all, and where; of equal ones the first. Spoils `values`."""
+    found = []
+    for _ in range(min(n, values.shape[1])):  # topk would take any of equal ones
+        largest, at = values.max(1, keepdim=True)
+        values.scatter_(1, at, -torch.inf)
+        found.append((largest, at))
+    return torch.cat([largest for largest, _ in found], 1), torch.cat([at for _, at in found], 1)
+
+
+def _of(latents: Int64[np.ndarray, " chosen"], firings: FiringRange) -> FiringRange:
+    """The firings of some of the latents."""
+    counts = np.diff(firings.offsets)[latents]
+    offsets = np.concatenate([[0], counts.cumsum()])
+    taken = np.repeat(firings.offsets[latents] - offsets[:-1], counts) + np.arange(offsets[-1])
+    return FiringRange(offsets, firings.positions[taken], firings.activations[taken])
+
+
+def _by_token(firings: FiringRange, positions: int) -> csr_array:
+    """Tokens x latents, a one at every firing."""
+    ones = np.ones(len(firings.positions), np.int8)
     shape = (len(firings.offsets) - 1, positions)
-    return csr_array((ones, firings.positions, firings.offsets), shape=shape)
+    # scipy would copy the positions to the offsets' dtype
+    small = len(ones) <= np.iinfo(np.int32).max
+    offsets = firings.offsets.astype(np.int32) if small else firings.offsets
+    return csr_array((ones, firings.positions, offsets), shape=shape).T.tocsr()
+
+
+def _firings_on(
+    tokens: Int32[np.ndarray, " token"], by_token: csr_array, block: int = 4096
+) -> Int64[np.ndarray, " latent"]:
+    """On how many of the tokens each latent fires; `block` tokens' firings are gathered at once."""
+    counts = np.zeros(by_token.shape[1], np.int64)
+    for start in range(0, len(tokens), block):
+        latents = by_token[tokens[start : start + block]].indices
+        counts += np.bincount(latents, minlength=len(counts))
+    return counts

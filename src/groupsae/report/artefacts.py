@@ -22,12 +22,19 @@ _FILES = (
     "evaluation/reconstruction.json",
     "evaluation/circuits",
     "evaluation/similarity.json",
+    "interpretation/depth.json",
 )
+
+_BROWSER = "interpretation/browser/index.html"
 
 
 @dataclass(frozen=True)
 class Artefacts:
-    """What lies in a run directory. Nothing in it is trusted: it may come from elsewhere."""
+    """What lies in a run directory. Nothing in it is trusted: it may come from elsewhere.
+
+    Attributes:
+        browser: Where the pages of the latents begin, relative to the run directory.
+    """
 
     config_text: str
     config: Artefact
@@ -39,6 +46,11 @@ class Artefacts:
     reconstruction: Artefact | None
     circuits: Sequence[Artefact]
     similarity: Artefact | None
+    depth: Artefact | None
+    ground_truth: Artefact | None
+    annotation: Artefact | None
+    explanation: Artefact | None
+    browser: str | None
     stages: Artefact
 
     def section(self, name: str) -> Artefact:
@@ -51,7 +63,8 @@ def read_run(directory: Path) -> Artefacts:
     """Read every artefact that is there and up to date.
 
     Where `stages.json` is there but does not have a stage, what the stage wrote belongs to an
-    earlier config and is passed over. An unfinished training's metrics are shown all the same.
+    earlier config and is passed over, and so are scores of another interpretation than the one that
+    is there. An unfinished training's metrics are shown all the same.
 
     Raises:
         InputError: If `directory` is no run directory, or an artefact is broken; it names the file
@@ -70,6 +83,12 @@ def read_run(directory: Path) -> Artefacts:
     def current(stage: str) -> bool:
         return stages is None or stage in stages
 
+    interpretation, interpreted = directory / "interpretation", current("interpret")
+
+    def scores(by: str) -> Artefact | None:
+        found = _scores(interpretation / by / "scores.json") if interpreted else None
+        return found if found is not None and _is_of(found, stages) else None
+
     return Artefacts(
         config_text=config_text,
         config=_parse_config(directory / "config.yaml", config_text),
@@ -85,6 +104,11 @@ def read_run(directory: Path) -> Artefacts:
         similarity=_similarity(directory / "evaluation" / "similarity.json")
         if current("similarity")
         else None,
+        depth=_depth(interpretation / "depth.json") if interpreted else None,
+        ground_truth=_ground_truth(interpretation / "ground_truth.json") if interpreted else None,
+        annotation=scores("annotation"),
+        explanation=scores("explanation"),
+        browser=_BROWSER if interpreted and (directory / _BROWSER).is_file() else None,
         stages=stages or {},
     )
 
@@ -184,6 +208,71 @@ def _similarity(path: Path) -> Artefact | None:
     return similarity
 
 
+def _depth(path: Path) -> Artefact | None:
+    depth = _json(path)
+    if depth is not None:
+        _optional(depth, "definitions", dict, path)
+        for name in _need(depth, "saes", dict, path):
+            for summary in _objects(depth["saes"], name, path):
+                _layers(summary, "layers", path)
+        for subject in _objects(depth, "subjects", path):
+            _need(subject, "partition", str, path)
+            _need(subject, "groups_total", int, path)
+            for layer, name in _need(subject, "saes", dict, path).items():
+                if not layer.isdecimal() or not isinstance(name, str):
+                    raise _broken(path, f"a subject's 'saes' has {layer!r}; layer: name is wanted")
+        profiles = _need(depth, "profiles", dict, path)
+        for name in profiles:
+            profile = _need(profiles, name, dict, path)
+            columns = len(_layers(profile, "layers", path))
+            _matrix(profile, "share", len(_need(profile, "share", list, path)), columns, path)
+    return depth
+
+
+def _ground_truth(path: Path) -> Artefact | None:
+    truth = _json(path)
+    if truth is not None:
+        _optional(truth, "definitions", dict, path)
+        for attribute in _objects(truth, "attributes", path):
+            _need(attribute, "attribute", str, path)
+            _optional(attribute, "definition", str, path)
+        for key, needed in (
+            ("means", {}),
+            ("coverage", {"layer": int}),
+            ("rows", {"layer": int, "attribute": str}),
+        ):
+            for row in _objects(truth, key, path):
+                source = _need(row, "source", str, path)
+                if source not in ("trained", "untrained", "probe"):
+                    raise _broken(path, f"'source' is {source!r}; trained, untrained or probe")
+                if source != "probe":
+                    _need(row, "partition", str, path)
+                    _need(row, "groups_total", int, path)
+                _optional(row, "latent", int, path)
+                for name, kind in needed.items():
+                    _need(row, name, kind, path)
+    return truth
+
+
+def _scores(path: Path) -> Artefact | None:
+    """Scores of people or of a language model."""
+    scores = _json(path)
+    if scores is not None:
+        for key in ("definitions", "agreement", "counts"):
+            _optional(scores, key, dict, path)
+        for row in _objects(scores, "rows", path):
+            _need(row, "partition", str, path)
+            _need(row, "groups_total", int, path)
+            _optional(row, "layer", int, path)
+    return scores
+
+
+def _is_of(scores: Artefact, stages: Artefact | None) -> bool:
+    """Whether scores are of the interpretation that is there, as far as `stages.json` tells."""
+    stage = {} if stages is None else stages.get("interpret")
+    return stages is None or (isinstance(stage, dict) and scores.get("of") == stage.get("key"))
+
+
 def _saes(directory: Path) -> list[Artefact]:
     """Each SAE's cfg.json, with the "folder" that it lies in; groups, baselines, their twins."""
     found: list[Artefact] = []
@@ -264,11 +353,15 @@ def _layers(artefact: Artefact, key: str, path: Path) -> list[int]:
 
 
 def _square(artefact: Artefact, key: str, n_layers: int, path: Path) -> None:
+    _matrix(artefact, key, n_layers, n_layers, path)
+
+
+def _matrix(artefact: Artefact, key: str, n_rows: int, n_columns: int, path: Path) -> None:
     matrix = _need(artefact, key, list, path)
-    if len(matrix) != n_layers or any(
-        not isinstance(row, list) or len(row) != n_layers for row in matrix
+    if len(matrix) != n_rows or any(
+        not isinstance(row, list) or len(row) != n_columns for row in matrix
     ):
-        raise _broken(path, f"'{key}' is not {n_layers} x {n_layers}, as 'layers' has it")
+        raise _broken(path, f"'{key}' is not {n_rows} x {n_columns}, as 'layers' has it")
     if any(not isinstance(entry, int | float | None) for row in matrix for entry in row):
         raise _broken(path, f"'{key}' has an entry that is no number")
 

@@ -20,6 +20,7 @@ from groupsae.report.curves import (
     panels_with_curves,
     subject_of,
 )
+from groupsae.report.latent_links import latent_link
 from groupsae.report.metrics import MISSING, number
 from groupsae.report.wording import layer_range, signed, visible
 
@@ -53,7 +54,7 @@ def circuit_contents(run: Artefacts) -> dict[str, Any]:
         ],
         "tables": tables,
         "flags": _flags(drawn),
-        "latents": _latents(drawn),
+        "latents": _latents(run, drawn),
         "definitions": _definitions(run.circuits),
     }
 
@@ -306,7 +307,7 @@ def _flags(tasks: Sequence[Artefact]) -> list[dict[str, str]]:
     ]
 
 
-def _latents(tasks: Sequence[Artefact]) -> list[dict[str, Any]]:
+def _latents(run: Artefacts, tasks: Sequence[Artefact]) -> list[dict[str, Any]]:
     """Every task's strongest latents, the strongest of each circuit first."""
     rows = []
     for index, task in enumerate(tasks):
@@ -336,6 +337,7 @@ def _latents(tasks: Sequence[Artefact]) -> list[dict[str, Any]]:
                     if isinstance(group, list) and all(isinstance(layer, int) for layer in group)
                     else MISSING,
                     "latent": entry["latent"],
+                    "link": latent_link(run, *subject, entry["layer"], entry["latent"]),
                     "effect": {
                         "text": signed(effect) if math.isfinite(effect) else MISSING,
                         "value": repr(effect) if math.isfinite(effect) else "",

@@ -10,6 +10,7 @@ from typing import Any
 from groupsae.grouping.matrix import QUANTITIES, threshold_note
 from groupsae.report.artefacts import Artefacts
 from groupsae.report.circuits import circuit_contents
+from groupsae.report.interpretation import interpretation_contents
 from groupsae.report.metrics import METRICS, MISSING, LayerComparison, compare, means, number
 from groupsae.report.similarity import similarity_contents
 from groupsae.report.wording import choice, chosen_groups, duration, layer_range, si
@@ -42,6 +43,7 @@ def page_contents(run: Artefacts) -> dict[str, Any]:
         "every_metric": _every_metric(run, comparisons),
         "circuits": circuit_contents(run),
         "similarity": similarity_contents(run),
+        "interpretation": interpretation_contents(run),
         "cost": _cost(run),
         "stages": _stages(run),
         "excluded": _excluded(run),

@@ -10,6 +10,7 @@ from groupsae.report import figures
 from groupsae.report.artefacts import Artefacts
 from groupsae.report.circuit_illustrations import circuit_illustrations
 from groupsae.report.illustration import Illustration
+from groupsae.report.interpretation_illustrations import interpretation_illustrations
 from groupsae.report.metrics import METRICS, evaluated_totals, number
 from groupsae.report.similarity_illustrations import similarity_illustrations
 from groupsae.report.wording import (
@@ -32,7 +33,12 @@ def illustrations(run: Artefacts) -> list[Illustration]:
         found.append(_of_training(run))
     if run.reconstruction is not None and run.reconstruction["rows"]:
         found += _of_reconstruction(run, run.reconstruction)
-    return found + circuit_illustrations(run) + similarity_illustrations(run)
+    return (
+        found
+        + circuit_illustrations(run)
+        + similarity_illustrations(run)
+        + interpretation_illustrations(run)
+    )
 
 
 _DEFINITIONS = {

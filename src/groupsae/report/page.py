@@ -17,6 +17,7 @@ from groupsae.report.artefacts import Artefacts, read_run
 FORMATS = ("pdf", "png", "svg")
 
 _TEMPLATES = Path(__file__).with_name("templates")
+THEME = _TEMPLATES / "theme.css"  # colours and type, of this page and of others
 _SCREEN_PIXELS_PER_INCH = 126  # larger than in print, so that 7 point type reads easily
 
 
@@ -70,7 +71,9 @@ def render(run: Artefacts, figures: Mapping[str, Mapping[str, Any]]) -> str:
     )
     script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
     return environment.get_template("report.html.j2").render(
-        style=(_TEMPLATES / "report.css").read_text(encoding="utf-8"),
+        style="\n".join(
+            path.read_text(encoding="utf-8") for path in (THEME, _TEMPLATES / "report.css")
+        ),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         figures=figures,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -17,6 +17,7 @@ from groupsae.report.metrics import number
 from groupsae.report.style import (
     BAND,
     BASELINE,
+    BLUES,
     COLUMN,
     GROUP,
     INK,
@@ -31,9 +32,6 @@ from groupsae.report.style import (
 
 MEASURES = {"mmcs": "MMCS", "concordance": "Concordance"}
 MOST_PRINTED = 12  # layers up to which a matrix prints its values
-_ALIKE = LinearSegmentedColormap.from_list(
-    "alike", ["#fdfefe", "#d3e6f8", "#86bdf0", "#3a86d0", "#0b5cad", "#062c55"]
-)
 _YARDSTICK = "two seeds, one layer"
 
 
@@ -219,7 +217,7 @@ def _heat(
     ruled = n_layers <= 24 and not small
     mesh = axes.pcolormesh(
         matrix,
-        cmap=_ALIKE,
+        cmap=BLUES,
         vmin=0,
         vmax=highest,
         edgecolors="white" if ruled else "face",
@@ -251,7 +249,7 @@ def _heat(
 
 
 def _print_values(axes: Axes, matrix: Floats, highest: float) -> None:
-    shades = _ALIKE(matrix / highest)
+    shades = BLUES(matrix / highest)
     for (row, column), value in np.ndenumerate(matrix):
         if math.isfinite(value):
             dark = float(shades[row, column, :3] @ to_rgb("#4d9624")) < 0.52

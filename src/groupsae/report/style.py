@@ -20,6 +20,9 @@ COLUMN, PAGE = 3.2, 6.4  # inches: one column, and the full width, of a two-colu
 INK, MUTED, RULE = "#1c2128", "#59636e", "#d5dae0"
 GROUP, BASELINE, THRESHOLD, BAND = "#0b5cad", "#858d96", "#b3420c", "#edf3fa"
 RAMP = LinearSegmentedColormap.from_list("groups", ["#86bdf0", "#0b5cad", "#062c55"])
+BLUES = LinearSegmentedColormap.from_list(
+    "blues", ["#fdfefe", "#d3e6f8", "#86bdf0", "#3a86d0", "#0b5cad", "#062c55"]
+)
 HEAT = LinearSegmentedColormap.from_list(
     "distance", ["#fffdf6", "#fdeabf", "#f8c274", "#e78b3a", "#b9531a", "#702a0e"]
 )

@@ -9,7 +9,7 @@ from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from groupsae.grouping.layers import format_layers
-from groupsae.report.metrics import number
+from groupsae.report.metrics import MISSING, number
 
 # Controls, marks that turn the direction of text, lone surrogates, private use, unassigned.
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -36,6 +36,13 @@ def visible(text: str, most: int = 60, drawable: Container[int] | None = None) -
             return "".join(shown)[: most - 1] + "…"
         shown.append(character)
     return "".join(shown)
+
+
+def cell(value: float, form: str) -> dict[str, str]:
+    """A number of a table: its text by a format such as "{:.1%}", and the value to sort by."""
+    if not math.isfinite(value):
+        return {"text": MISSING, "value": ""}
+    return {"text": form.format(value), "value": repr(value)}
 
 
 def chosen_groups(partition: Mapping[str, Any] | None) -> list[list[int]]:

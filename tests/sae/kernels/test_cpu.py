@@ -230,6 +230,23 @@ def test_equal_bits_every_time(product):
         )
 
 
+def test_a_token_is_encoded_the_same_wherever_it_stands(product):
+    """Bit by bit and in the same order: which tokens a thread has searched before is chance."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(64, 64, generator=generator)
+    W_enc = torch.randn(1024, 64, generator=generator) @ directions
+    W_enc = torch.nn.functional.normalize(W_enc, dim=1)
+    b_enc = 0.01 * torch.randn(1024, generator=generator)
+    x = torch.randn(8192, 64, generator=generator) @ directions
+    x *= torch.rand(8192, 1, generator=generator)
+    expected = cpu.encode(x, W_enc, b_enc, 64)
+    for _ in range(3):
+        order = torch.randperm(8192, generator=generator)
+        found = cpu.encode(x[order], W_enc, b_enc, 64)
+        assert torch.equal(found.indices, expected.indices[order])
+        assert torch.equal(found.values, expected.values[order])
+
+
 def test_any_number_of_threads_gives_the_same_within_rounding(product):
     sae, x, threads = make_sae(64, 1000, 16), make_batch(700, 64), torch.get_num_threads()
     try:

@@ -403,7 +403,12 @@ bool narrow(Search& search, const Screened& row, Size k) {
         sure += search.keys[c] >= key(search.least);
     }
     if (sure < k) return false;
-    search.least = as_float(threshold(search.keys.data(), search.found, k, 0));
+    // The k-th largest itself: what lies below it, down to the next, would depend on what was found.
+    const Key reaching = threshold(search.keys.data(), search.found, k, 0);
+    Key least = INT_MAX;
+    for (Size c = 0; c < search.found; ++c)
+        if (search.keys[c] >= reaching) least = std::min(least, search.keys[c]);
+    search.least = as_float(reaching > 1 ? least : reaching);
     Size candidates = 0;
     for (Size c = 0; c < search.found; ++c) {
         const int32_t latent = search.latents[c];
