@@ -18,16 +18,16 @@ from rich.text import Text
 from groupsae import __version__
 from groupsae.config import Config, keys
 from groupsae.directory import RunDirectory, stored_config
-from groupsae.errors import InputError
+from groupsae.errors import InputError, Interrupted
 from groupsae.opened import local_directory
-from groupsae.planning import chosen_beforehand, cost_model, covered_layers, grouped
+from groupsae.planning import grouped
 from groupsae.run import Run
 
 if TYPE_CHECKING:
     from groupsae.grouping.matrix import Distances
     from groupsae.grouping.prediction import Prediction
     from groupsae.grouping.table import PartitionTable
-    from groupsae.training.memory import MemoryAccount
+    from groupsae.planner.plan import Plan
 
 app = typer.Typer(
     help="Train one sparse autoencoder per group of similar layers of a language model.",
@@ -176,9 +176,37 @@ def interpret(
     """Keep the latents of held-out text; say at which layers each group's latents live."""
     run = _open(inputs, out_directory, redo)
     _show_depth(run.interpret())
+    browser = run.directory / "interpretation" / "browser" / "index.html"
+    out.print(f"Latents: {browser}", soft_wrap=True, markup=False)
     if delphi is not None:
         run.export_to_delphi(delphi)
         out.print(f"For delphi: {delphi}", soft_wrap=True, markup=False)
+
+
+@app.command(epilog=_KEYS)
+def annotate(
+    inputs: Inputs = None,
+    latents: Annotated[
+        int, typer.Option(min=1, help="Latents of each SAE and layer to mark.")
+    ] = 96,
+    score: Annotated[
+        list[Path] | None,
+        typer.Option(help="Score this export of the page; give it again for other annotators."),
+    ] = None,
+) -> None:
+    """Write a page to mark latents on, blinded; with --score, what was marked there by layer."""
+    run = _open(inputs, None, redo=False)
+    if score:
+        _show_annotations(run.score_annotations(score))
+    else:
+        out.print(f"To annotate: {run.annotate(latents)}", soft_wrap=True, markup=False)
+
+
+@app.command(epilog=_KEYS)
+def explain(inputs: Inputs = None) -> None:
+    """Let a language model explain latents, and score it: explanation.endpoint, .model."""
+    run = _open(inputs, None, redo=False)
+    _show_explanations(run.explain())
 
 
 @app.command(epilog=_KEYS)
@@ -285,10 +313,37 @@ def push(
 
 
 @app.command(epilog=_KEYS)
-def plan(inputs: Inputs = None) -> None:
-    """Check a config and print what it would cost for every G; loads no weights if it can."""
+def plan(
+    inputs: Inputs = None,
+    devices: Annotated[
+        int, typer.Option(min=1, help="How many share the work, one process each.")
+    ] = 1,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="h100, a100, h200, b200, l40s, rtx4090 or cpu: what does not fit is refused."
+        ),
+    ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Predict times from a short measurement on this machine."),
+    ] = False,
+) -> None:
+    """Check a config and print what it would cost for every G: FLOPs, memory, time."""
+    from groupsae.planner.plan import Plan
+
     config, directory = _config(inputs)
-    _show_plan(config, None if directory is None else _measured(directory, config))
+    distances = None if directory is None else _measured(directory, config)
+    known = None if distances is None else grouped(distances, config)
+    planned = Plan.of(
+        config,
+        chosen=None if known is None else known.chosen,
+        devices=devices,
+        device=device,
+        measure=measure,
+    )
+    _show_plan(planned, known)
+    planned.check()
 
 
 def main() -> None:
@@ -301,6 +356,8 @@ def main() -> None:
             raise KeyboardInterrupt
     except InputError as error:
         _fail(str(error), 2)
+    except Interrupted as error:
+        _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; what is finished is kept, the same command continues", _INTERRUPTED)
     except OSError as error:
@@ -554,6 +611,61 @@ def _show_depth(result: dict[str, Any]) -> None:
     _print(table)
 
 
+def _show_annotations(result: dict[str, Any]) -> None:
+    """Human scores: one row per partition and layer."""
+    said = ", ".join(f"{own['name']} ({own['marked']:,})" for own in result["annotators"])
+    agreement = result["agreement"]
+    if agreement["name"] is not None:
+        said += (
+            f"; {agreement['name']} {_number(agreement['value'])} on {agreement['items']:,} latents"
+        )
+    table = Table(title="Latents that people can make sense of", caption=f"Marked by {said}")
+    columns = ("SAEs", "layer", "latents", "interpretable", "not", "unsure", "score", "95%")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "SAEs" else "right")
+    for row in result["rows"]:
+        counts = (f"{row[key]:,}" for key in ("latents", "interpretable", "not", "unsure"))
+        table.add_row(*_of_row(row), *counts, *_with_interval(row, "score", "low", "high"))
+    _print(table)
+
+
+def _show_explanations(result: dict[str, Any]) -> None:
+    """Scores of a language model's explanations: one row per partition and layer."""
+    counts = result["counts"]
+    kinds = ("requests", "from_before", "retries", "failed", "unparsed")
+    said = ", ".join(f"{kind.replace('_', ' ')} {counts[kind]:,}" for kind in kinds)
+    used = counts["prompt_tokens"] + counts["completion_tokens"]
+    table = Table(
+        title=f"Explanations by {result['model']}"
+        + ("" if result["complete"] else ", not complete: the same command goes on"),
+        caption=f"{said}; tokens {used:,}, of them estimated {counts['estimated_tokens']:,}",
+    )
+    for column in ("SAEs", "layer", "latents", "detection", "95%", "fuzzing", "95%"):
+        table.add_column(column, justify="left" if column == "SAEs" else "right")
+    for row in result["rows"]:
+        table.add_row(
+            *_of_row(row),
+            f"{row['latents']:,}",
+            *(
+                cell
+                for key in ("detection", "fuzzing")
+                for cell in _with_interval(row, key, f"{key}_low", f"{key}_high")
+            ),
+        )
+    _print(table)
+
+
+def _of_row(row: dict[str, Any]) -> tuple[str, str]:
+    """The subject, and the layer, of a row of scores."""
+    of = "baseline" if row["partition"] == "baseline" else f"G={row['groups_total']}"
+    return of, "all" if row["layer"] is None else str(row["layer"])
+
+
+def _with_interval(row: dict[str, Any], key: str, low: str, high: str) -> tuple[str, str]:
+    between = "–" if row[low] is None else f"{row[low]:.2f} to {row[high]:.2f}"
+    return _number(row[key]), between
+
+
 def _show_sweep(results: dict[str, Any]) -> None:
     """One row for each member and partition."""
     columns = {"CELS": "ce_loss_score", "R²": "r2", "L2": "l2", "L0": "l0", "dead": "dead"}
@@ -584,83 +696,21 @@ def _measured(directory: Path, config: Config) -> Distances | None:
     return load_distances(path) if path.exists() and run.is_done("distances") else None
 
 
-def _show_plan(config: Config, distances: Distances | None) -> None:
-    from groupsae.training.memory import host_bytes, planned_host, size
+def _show_plan(plan: Plan, known: PartitionTable | None) -> None:
+    from groupsae.planner.table import cost_table, lines, memory_table
 
-    asked = config.host
-    n_layers, d_model = asked.n_layers, asked.d_model
-    if n_layers is None or d_model is None:
-        from groupsae.host.model import HostModel
-
-        host = HostModel.load(
-            asked.name, revision=asked.revision, dtype=asked.dtype, device=asked.device
-        )
-        n_layers, d_model, weights, estimate = host.n_layers, host.d_model, host_bytes(host), ""
-    else:
-        weights = planned_host(asked.dtype, n_layers, d_model)
-        estimate = "; the host as 12 d_model^2 weights a block, without embeddings"
-    cost = cost_model(config, n_layers, d_model)
-    layers = covered_layers(config, n_layers)
-    tokens = config.training.tokens
-    out.print(
-        f"{asked.name}: {n_layers} layers, d_model = {d_model}, d_sae = {cost.d_sae}, "
-        f"{tokens:,} tokens, {config.training.steps:,} steps of {config.training.batch_tokens:,}; "
-        f"host forward A = {cost.forward_flops * tokens / 1e15:,.2f} PFLOP, "
-        f"one SAE T = {cost.sae_flops * tokens / 1e15:,.2f} PFLOP",
-        soft_wrap=True,
-        markup=False,
-    )
-    memory = _memory_by_groups(config, len(layers), d_model, weights)
-    fixed = chosen_beforehand(config, layers)
-    planned = len(layers) if fixed is None else fixed.chosen  # at most one SAE for each layer
-    baseline = " with a baseline, at most" if config.training.baseline else ""
-    out.print(
-        f"memory for G = {planned}{baseline}: {memory[planned]}{estimate}",
-        soft_wrap=True,
-        markup=False,
-    )
-    known = None if distances is None else grouped(distances, config)
+    for line in lines(plan):
+        out.print(line, soft_wrap=True, markup=False)
     rows = {} if known is None else known.by_groups
-    losses = _LOSSES if any(row.prediction for row in rows.values()) else ()
-    table = Table(
-        title="Predicted cost, C(G) = A + T G",
-        caption=None if known is None else _prediction_note(known),
-    )
-    saved = f"saved against one SAE for each of {len(layers)} layers"
-    for column in ("G", "PFLOP", saved, f"memory{baseline}", *losses):
-        table.add_column(column, justify="right")
-    for G, account in memory.items():
-        pflop = f"{cost.flops_per_token(G) * tokens / 1e15:,.2f}"
-        row = rows.get(G)
-        table.add_row(
-            str(G),
-            pflop,
-            f"{cost.savings(G, len(layers)):.0%}",
-            size(account.total),
-            *(_predicted_losses(None if row is None else row.prediction) if losses else ()),
-        )
-    _print(table)
-
-
-def _memory_by_groups(
-    config: Config, n_layers: int, d_model: int, host: int
-) -> dict[int, MemoryAccount]:
-    """What training holds for every G, with the baseline's SAEs where they are trained too."""
-    from groupsae.training.memory import MemoryAccount, most_saes
-
-    accounts = {}
-    for G in range(1, n_layers + 1):
-        n_saes = most_saes(G, n_layers, baseline=config.training.baseline)
-        of_every_layer = config.training.layer_sampling == "all"
-        accounts[G] = MemoryAccount.of(
-            config,
-            n_saes=n_saes,
-            d_model=d_model,
-            context_length=config.tokens.context_length,
-            host=host,
-            rows_per_token=n_layers + n_saes - G if of_every_layer else None,
-        )
-    return accounts
+    losses: dict[str, dict[int, str]] = {}
+    if any(row.prediction for row in rows.values()):
+        cells = {G: _predicted_losses(row.prediction) for G, row in rows.items()}
+        losses = {
+            title: {G: both[place] for G, both in cells.items()}
+            for place, title in enumerate(_LOSSES)
+        }
+    _print(cost_table(plan, losses, None if known is None else _prediction_note(known)))
+    _print(memory_table(plan))
 
 
 def _print(table: Table) -> None:

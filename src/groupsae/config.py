@@ -103,6 +103,17 @@ class TokensConfig(_Section):
     on_exhausted: Literal["error", "repeat"] = Field(
         "error", description="when the text is used up: stop, or begin another epoch"
     )
+    on_error: Literal["stop", "skip"] = Field(
+        "stop",
+        description="where a document, a file of a folder or the rest of a streamed file cannot be "
+        "read: stop, or pass over it and count it",
+    )
+    retries: int = Field(
+        5,
+        ge=0,
+        description="how often a read of a stream that breaks off is tried again, after pauses of "
+        "0.5 seconds doubling to 60",
+    )
     seed: int = Field(0, ge=0, description="order of the documents, and which are held out")
 
 
@@ -378,6 +389,11 @@ class TrainingConfig(_Section):
     log_every: Count = Field(20, description="steps between two lines of metrics")
     checkpoint_every: Count = Field(500, description="steps between two checkpoints")
     checkpoints_kept: Count = Field(2, description="checkpoints kept, the newest")
+    checkpoint_in_background: bool = Field(
+        True,
+        description="copy what a checkpoint holds and write it while training goes on; false: wait "
+        "for the disk, which takes no memory for the copy",
+    )
     tracker: Literal["none", "wandb", "tensorboard"] = Field(
         "none", description="also send the metrics there"
     )

@@ -59,9 +59,11 @@ _IRRELEVANT = (
     "host.n_layers",
     "host.d_model",
     "tokens.on_exhausted",  # what was made before the text ran out stays as it is
+    "tokens.retries",
     "training.log_every",
     "training.checkpoint_every",
     "training.checkpoints_kept",
+    "training.checkpoint_in_background",
     "training.tracker",
     "circuits.batch_tokens",
 )

@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from groupsae.circuits import CircuitStage
     from groupsae.evaluation.attribution import Effects
     from groupsae.evaluation.circuits import Curve
-    from groupsae.evaluation.subject import Subject
     from groupsae.grouping.distance import Moments
     from groupsae.grouping.matrix import Distances
     from groupsae.grouping.table import PartitionTable
     from groupsae.host.blocks import PreTrainedModel
     from groupsae.host.tokens import TokenStream
     from groupsae.interpretation.latent_cache import LatentCache
+    from groupsae.interpreting import Interpretation
     from groupsae.sae import SAE
     from groupsae.sweep import Member
     from groupsae.training.activation_cache import CachedActivations
@@ -264,7 +264,10 @@ class Run(OpenRun):
         return read_json(path, rows=list)
 
     def interpret(self) -> dict[str, Any]:
-        """Keep the latents of held-out text and say at which layers each group's latents live.
+        """Keep the latents of held-out text and say what they stand for.
+
+        At which layers each group's latents live; which known attributes of the bundled text they
+        capture; and a browser, `interpretation/browser/index.html`, of their contexts and logits.
 
         Returns:
             The content of `interpretation/depth.json`; the latents lie in `interpretation/cache`.
@@ -272,44 +275,53 @@ class Run(OpenRun):
         path = self.directory / "interpretation" / "depth.json"
         with self.stages.stage("interpret", path) as todo:
             if todo:
-                from groupsae.interpretation import depth
-                from groupsae.interpretation.cache_pass import write_latent_cache
-
-                subject, folder = self.subjects()[0], path.parent / "cache"
-                shutil.rmtree(folder, ignore_errors=True)  # of another config, or stopped midway
-                cache = write_latent_cache(
-                    folder,
-                    self.host,
-                    self.corpus.held_out(),
-                    {(name, layer): sae for layer, (name, sae) in _named(subject).items()},
-                    tokens=self.config.interpretation.tokens,
-                    batch_contexts=self.config.evaluation.batch_contexts,
-                    special=self.special,
-                )
-                profiles = {name: depth.depth_profile(cache, name) for name in cache.sae_names}
-                result = {
-                    "definitions": depth.DEFINITIONS,
-                    "saes": {
-                        name: [profile.summary(share) for share in (depth.SHARE, 0.5)]
-                        for name, profile in profiles.items()
-                    },
-                }
-                write_json(path, result)
+                self._interpretation.carry_out()
         return read_json(path, saes=dict)
 
     def latent_cache(self) -> LatentCache:
         """The latents that `interpret` kept: every firing on held-out text, by SAE and layer."""
-        from groupsae.interpretation.latent_cache import LatentCache
+        return self._interpreted.cache()
 
-        self.stages.need("interpretation/depth.json", "interpret")
-        return LatentCache(self.directory / "interpretation" / "cache")
+    def annotate(self, latents: int = 96) -> Path:
+        """Write a page on which people mark latents that they can make sense of.
+
+        Latents of groups and baseline are mixed, and nothing tells which is which.
+
+        Args:
+            latents: Of each SAE and layer (paper: 96).
+
+        Returns:
+            The page.
+        """
+        return self._interpreted.annotate(latents)
+
+    def score_annotations(self, files: Sequence[Path]) -> dict[str, Any]:
+        """The Human Interpretability Score by layer and partition.
+
+        Args:
+            files: What annotators have exported from the page.
+
+        Returns:
+            The content of `interpretation/annotation/scores.json`.
+        """
+        return self._interpreted.score_annotations(files)
+
+    def explain(self) -> dict[str, Any]:
+        """Have the language model of `config.explanation` explain latents, and score that.
+
+        Every answer is kept: where the budget ends or the endpoint fails, the same call goes on.
+
+        Returns:
+            The content of `interpretation/explanation/scores.json`.
+        """
+        return self._interpreted.explain()
 
     def export_to_delphi(self, directory: Path) -> None:
         """Write the kept latents as delphi reads them, for its explainers and scorers."""
         from groupsae.interop.delphi import write_delphi
 
-        names = {layer: name for layer, (name, _) in _named(self.subjects()[0]).items()}
-        write_delphi(directory, self.latent_cache(), names, self._metadata())
+        chosen = self._interpreted.shown[0]
+        write_delphi(directory, self.latent_cache(), dict(chosen.saes), self._metadata())
 
     def export(self, format: str, directory: Path, layers: Sequence[int] = ()) -> dict[int, Path]:
         """Write each layer's SAE, its group's, in the format of another library.
@@ -520,6 +532,18 @@ class Run(OpenRun):
             self.directory, repository, private=private, license=license, host_name=host_name
         )
 
+    @cached_property
+    def _interpretation(self) -> Interpretation:
+        from groupsae.interpreting import Interpretation
+
+        return Interpretation(self)
+
+    @property
+    def _interpreted(self) -> Interpretation:
+        """What the stage `interpret` has made."""
+        self.stages.need("interpretation/depth.json", "interpret")
+        return self._interpretation
+
     @property
     def _circuits(self) -> CircuitStage:
         from groupsae.circuits import CircuitStage
@@ -685,13 +709,6 @@ class Run(OpenRun):
         if not (path.exists() and set(layers) <= set(load_moments(path).layers)):
             self._measure(layers)
         return load_moments(path)
-
-
-def _named(subject: Subject) -> dict[int, tuple[str, SAE]]:
-    """The SAE of each layer with the name of its folder."""
-    from groupsae.sae import directory_name
-
-    return {layer: (directory_name(sae.layers), sae) for layer, sae in subject.saes.items()}
 
 
 def _require(stream: TokenStream, tokens: int, key: str) -> None:

@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import os
+import shutil
+import signal
+import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from groupsae.config import TrainingConfig
+from groupsae.errors import InputError, Interrupted
 from groupsae.sae import SAE, SAEConfig
 from groupsae.training.batches import MixedBatches
 from groupsae.training.checkpoint import Checkpoints
@@ -27,8 +35,7 @@ class Stopped(Exception):
     pass
 
 
-def run(host, corpus, directory, *, stop_at=None, config="this", sampling="uniform"):
-    """Train two SAEs; stop with an exception when the given step would be logged."""
+def learners_and_batches(host, corpus, sampling="uniform"):
     saes = {
         name: SAE(
             SAEConfig(d_model=32, d_sae=64, k=4, layers=layers),
@@ -47,7 +54,12 @@ def run(host, corpus, directory, *, stop_at=None, config="this", sampling="unifo
         special=(0,),
         layer_sampling=sampling,
     )
-    learners = {name: Learner(sae, CONFIG) for name, sae in saes.items()}
+    return {name: Learner(sae, CONFIG) for name, sae in saes.items()}, batches
+
+
+def run(host, corpus, directory, *, stop_at=None, config="this", sampling="uniform"):
+    """Train two SAEs; stop with an exception when the given step would be logged."""
+    learners, batches = learners_and_batches(host, corpus, sampling)
     records = []
 
     def log(record):
@@ -86,22 +98,131 @@ def test_only_the_newest_checkpoints_stay(host, corpus, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000012", "step-000018"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "no state", "half state"])
-def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(host, corpus, tmp_path, damage):
-    run(host, corpus, tmp_path)
-    newest = tmp_path / "step-000018"
-    tensors, state = newest / "state.safetensors", newest / "state.json"
-    if damage == "truncated":
-        tensors.write_bytes(tensors.read_bytes()[:-100])
-    elif damage == "flipped":
-        content = bytearray(tensors.read_bytes())
-        content[-5] ^= 1
-        tensors.write_bytes(content)
-    elif damage == "no state":
-        state.unlink()
+@pytest.fixture(scope="module")
+def trained(host, corpus, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("trained")
+    run(host, corpus, directory)
+    return directory
+
+
+FILES = [
+    "state.json",
+    "batches.safetensors",
+    "layers-00-01.safetensors",
+    "baseline.layers-01.safetensors",
+]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted", "empty"])
+@pytest.mark.parametrize("name", FILES)
+def test_whichever_file_is_damaged_is_named_and_an_older_checkpoint_continues(
+    host, corpus, trained, tmp_path, caplog, monkeypatch, damage, name
+):
+    monkeypatch.setattr(logging.getLogger("groupsae"), "propagate", True)
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    file = copy / "step-000018" / name
+    content = bytearray(file.read_bytes())
+    if damage == "deleted":
+        file.unlink()
     else:
-        state.write_text(state.read_text()[:50])
-    assert Checkpoints(tmp_path, "this").step() == 12
+        half = len(content) // 2
+        content[half] ^= 1
+        file.write_bytes({"truncated": content[:half], "flipped": content, "empty": b""}[damage])
+    flipped_json = name == "state.json" and damage == "flipped"
+    if not flipped_json:  # which may be as good as before
+        assert Checkpoints(copy, "this").step() == 12
+        assert f"step-000018 is damaged ({name}) and passed over" in caplog.text
+
+
+def test_every_file_of_a_checkpoint_is_tested(trained):
+    assert {path.name for path in (trained / "step-000018").iterdir()} == set(FILES)
+
+
+def test_from_behind_a_damaged_checkpoint_the_same_bits_come(host, corpus, trained, tmp_path):
+    expected, _ = run(host, corpus, tmp_path / "whole")
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    (copy / "step-000018" / "batches.safetensors").write_bytes(b"")
+    continued, _ = run(host, corpus, copy)
+    for name, tensor in weights(expected).items():
+        assert torch.equal(tensor, weights(continued)[name]), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_the_step_and_loses_nothing(host, corpus, tmp_path, monkeypatch, number):
+    expected, _ = run(host, corpus, tmp_path / "whole")
+    before = signal.signal(
+        number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler
+    )
+    original = Learner.step
+
+    def signalled(self, x, members=None):
+        if self.steps == 9 and len(self.sae.layers) == 1:  # at the end of step 10
+            os.kill(os.getpid(), number)
+        return original(self, x, members)
+
+    monkeypatch.setattr(Learner, "step", signalled)
+    try:
+        with pytest.raises(Interrupted, match=number.name) as stopped:
+            run(host, corpus, tmp_path / "stopped")
+    finally:
+        signal.signal(number, before)
+    assert stopped.value.exit_code == 128 + number
+    monkeypatch.undo()
+    assert Checkpoints(tmp_path / "stopped", "this").step() == 10
+    continued, _ = run(host, corpus, tmp_path / "stopped")
+    for name, tensor in weights(expected).items():
+        assert torch.equal(tensor, weights(continued)[name]), name
+
+
+def test_a_disk_that_fills_up_costs_at_most_an_interval(host, corpus, tmp_path, monkeypatch):
+    expected, _ = run(host, corpus, tmp_path / "whole")
+    saves = []
+
+    def full(tensors, path):
+        saves.append(path)
+        if "step-000012" in str(path):
+            path.write_bytes(b"half a file")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save_file(tensors, path)
+
+    monkeypatch.setattr("groupsae.training.checkpoint.save_file", full)
+    with pytest.raises(InputError, match=r"step-000012 cannot be written: No space left"):
+        run(host, corpus, tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["step-000006"]
+    monkeypatch.undo()
+    continued, _ = run(host, corpus, tmp_path / "full")
+    for name, tensor in weights(expected).items():
+        assert torch.equal(tensor, weights(continued)[name]), name
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_checkpoint_holds_the_moment_it_was_asked_for(
+    host, corpus, tmp_path, monkeypatch, in_background
+):
+    """Training goes on while it is written, and must not change it."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(tensors, path):
+        begun.set()
+        assert go_on.wait(20) or not in_background
+        save_file(tensors, path)
+
+    learners, batches = learners_and_batches(host, corpus)
+    learners["layers-00-01"].step(torch.randn(64, 32))
+    expected = {key: t.clone() for key, t in learners["layers-00-01"].state().items()}
+    monkeypatch.setattr("groupsae.training.checkpoint.save_file", slow)
+    if not in_background:
+        go_on.set()
+    checkpoints = Checkpoints(tmp_path, "this", in_background=in_background)
+    checkpoints.save(1, 0.0, learners, batches)
+    assert begun.wait(20)
+    learners["layers-00-01"].step(torch.randn(64, 32))
+    go_on.set()
+    checkpoints.close()
+    found = load_file(tmp_path / "step-000001" / "layers-00-01.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
 
 
 def test_checkpoints_of_another_config_are_never_continued(host, corpus, tmp_path):

@@ -185,8 +185,9 @@ def _labelled(
     """Token ids and labels of the stream's documents, from one of its states on."""
     corpus, tokenizer, skip = stream.corpus, stream.corpus.tokenizer, start["offset"]
     assert tokenizer is not None
-    for position, _ in stream.documents_from(Position(*start["position"])):
-        document = english.document(position.document, seed=BUNDLED_SEED + corpus.seed)
+    for found_document in stream.documents_from(Position(*start["position"])):
+        number = found_document.position.document
+        document = english.document(number, seed=BUNDLED_SEED + corpus.seed)
         found = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True)
         truth = labels.token_labels(document, found["offset_mapping"])
         used = max(skip - (corpus.joints.bos is not None), 0)

@@ -28,6 +28,13 @@ def token_texts(tokenizer: PreTrainedTokenizer | None, vocab_size: int) -> list[
     return texts
 
 
+def known_ids(tokenizer: PreTrainedTokenizer | None, vocab_size: int) -> list[int]:
+    """The ids that stand for a token: an unembedding may be padded to more."""
+    if tokenizer is None:
+        return list(range(vocab_size))
+    return sorted({i for i in tokenizer.get_vocab().values() if i < vocab_size})
+
+
 def piece_bytes(piece: str, decoders: list[dict[str, Any]]) -> bytes:
     """The bytes that a piece of a vocabulary stands for.
 

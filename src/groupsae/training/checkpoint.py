@@ -1,4 +1,8 @@
-"""Checkpoints: written aside, checked, renamed; an older good one always exists."""
+"""Checkpoints: written aside while training goes on, checked, renamed; an older one always exists.
+
+`step-000500/` holds `state.json` and one safetensors file for the batches and for each SAE, whose
+checksums stand in `state.json`.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,16 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from groupsae.files import replacing
 from groupsae.training.batches import MixedBatches
@@ -20,25 +27,32 @@ from groupsae.training.learner import Learner
 
 log = logging.getLogger(__name__)
 
-_TENSORS = "state.safetensors"
 _STATE = "state.json"
+_BATCHES = "batches"
 
 
 class Checkpoints:
     """The folder of a run's checkpoints, `step-000500` and so on.
 
     A checkpoint holds what determines the rest of the run: weights, Adam's moments, dead-latent
-    counters, random states, the shuffle buffer and the data cursor, as one safetensors file and
-    one JSON file with its checksum.
+    counters, random states, the shuffle buffer and the data cursor.
 
     Args:
         directory: Where they lie; made when the first is written.
         config: Identifies the config that is trained; checkpoints of another are passed over.
         kept: How many of the newest stay.
+        in_background: Copy what is to be written, and write it while training goes on. Else
+            training waits for the disk, and no copy is held.
     """
 
-    def __init__(self, directory: Path, config: str, kept: int = 2) -> None:
+    def __init__(
+        self, directory: Path, config: str, kept: int = 2, *, in_background: bool = True
+    ) -> None:
         self.directory, self.config, self.kept = directory, config, kept
+        self.in_background = in_background
+        self.seconds_waited = 0.0
+        self._writer = ThreadPoolExecutor(1, "checkpoints")
+        self._pending: Future[None] | None = None
 
     def save(
         self,
@@ -46,85 +60,143 @@ class Checkpoints:
         seconds: float,
         learners: Mapping[str, Learner],
         batches: MixedBatches,
-    ) -> Path:
-        """Write the checkpoint after `step`; `seconds` is the time trained so far."""
-        batch_tensors, batch_state = batches.state()
-        tensors = {f"batches.{name}": tensor for name, tensor in batch_tensors.items()}
-        for sae, learner in learners.items():
-            tensors |= {f"{sae}.{name}": tensor for name, tensor in learner.state().items()}
-        final = self.directory / f"step-{step:06d}"
-        with replacing(final) as aside:
-            aside.mkdir()
-            save_file(
-                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-                aside / _TENSORS,
-            )
-            state = {
-                "step": step,
-                "config": self.config,
-                "seconds": seconds,
-                "batches": batch_state,
-                "sha256": _sha256(aside / _TENSORS),
-            }
-            (aside / _STATE).write_text(json.dumps(state, indent=2))
-            for file in (aside / _TENSORS, aside / _STATE):
-                _flush(file)
-        for old in self._newest_first()[self.kept :]:
-            shutil.rmtree(old)
-        return final
+    ) -> None:
+        """Write the checkpoint after `step`; `seconds` is the time trained so far.
+
+        What it holds is that of now, also where it is written later.
+
+        Raises:
+            InputError: This one, or in the background the one before, cannot be written.
+        """
+        began = time.monotonic()
+        self._settle()
+        tensors, of_batches = batches.state()
+        parts = {_BATCHES: tensors} | {sae: own.state() for sae, own in learners.items()}
+        state = {
+            "step": step,
+            "config": self.config,
+            "seconds": seconds,
+            "batches": of_batches,
+        }
+        copied = {
+            name: {key: _on_cpu(tensor, copy=self.in_background) for key, tensor in part.items()}
+            for name, part in parts.items()
+        }
+        self._pending = self._writer.submit(self._write, step, state, copied)
+        if not self.in_background:
+            self._settle()
+        self.seconds_waited += time.monotonic() - began
+
+    def check(self) -> None:
+        """Raise what went wrong in the background, if anything has."""
+        if self._pending is not None and self._pending.done():
+            self._settle()
+
+    def close(self) -> None:
+        """Wait until what is being written is there; errors as in :meth:`save`."""
+        began = time.monotonic()
+        self._settle()
+        self.seconds_waited += time.monotonic() - began
 
     def restore(self, learners: Mapping[str, Learner], batches: MixedBatches) -> tuple[int, float]:
         """Load the newest valid checkpoint; returns its step and seconds, (0, 0.0) if none.
 
         Those of another config are removed: whoever calls this has decided to train anew.
         """
+        for half in self.directory.glob(".step-*.tmp"):
+            shutil.rmtree(half)
         for directory in self._newest_first():
             state = _read_state(directory)
             if state is not None and state["config"] != self.config:
                 shutil.rmtree(directory)
         for directory in self._newest_first():
-            state = _read_state(directory)
-            if state is None or not _is_whole(directory, state):
-                log.warning("%s is damaged and passed over", directory)
-                continue
-            tensors = load_file(directory / _TENSORS)
-            batches.load_state(_part(tensors, "batches"), state["batches"])
-            for sae, learner in learners.items():
-                learner.load_state(_part(tensors, sae))
-            return state["step"], state["seconds"]
+            state = self._valid(directory)
+            if state is not None:
+                batches.load_state(load_file(directory / _file(_BATCHES)), state["batches"])
+                for sae, learner in learners.items():
+                    learner.load_state(load_file(directory / _file(sae)))
+                return state["step"], state["seconds"]
         return 0, 0.0
 
     def step(self) -> int:
         """The step of the newest valid checkpoint, 0 if there is none."""
-        for directory in self._newest_first():
-            state = _read_state(directory)
-            if state and state["config"] == self.config and _is_whole(directory, state):
-                return int(state["step"])
-        return 0
+        states = map(self._valid, self._newest_first())
+        return next((int(state["step"]) for state in states if state is not None), 0)
+
+    def _settle(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(
+        self, step: int, state: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]]
+    ) -> None:
+        with replacing(self.directory / f"step-{step:06d}") as aside:
+            aside.mkdir()
+            sums = {}
+            for name, tensors in parts.items():
+                path = aside / _file(name)
+                save_file(dict(tensors), path)
+                sums[path.name] = _flushed(path)
+            (aside / _STATE).write_text(json.dumps({**state, "sha256": sums}, indent=2))
+            _flushed(aside / _STATE)
+            _flush(aside)
+        _flush(self.directory)
+        for old in self._newest_first()[self.kept :]:
+            shutil.rmtree(old)
+
+    def _valid(self, directory: Path) -> dict[str, Any] | None:
+        """The state of a whole checkpoint of this config; what is damaged is named."""
+        state = _read_state(directory)
+        if state is None:
+            log.warning("%s is damaged (%s) and passed over", directory, _STATE)
+            return None
+        if state["config"] != self.config:
+            return None
+        for name, expected in state["sha256"].items():
+            path = directory / Path(name).name
+            if not path.is_file() or _sha256(path) != expected:
+                log.warning("%s is damaged (%s) and passed over", directory, path.name)
+                return None
+        return state
 
     def _newest_first(self) -> list[Path]:
         return sorted(self.directory.glob("step-*"), key=lambda path: path.name, reverse=True)
+
+
+def _file(name: str) -> str:
+    """The file of an SAE's state, or of the batches': `baseline.layers-03.safetensors`."""
+    return f"{re.sub(r'[/]', '.', name)}.safetensors"
+
+
+def _on_cpu(tensor: Tensor, *, copy: bool) -> Tensor:
+    return tensor.detach().to("cpu", copy=copy).contiguous()
 
 
 def _read_state(directory: Path) -> dict[str, Any] | None:
     """The JSON part of a checkpoint; None if it is damaged."""
     try:
         state: dict[str, Any] = json.loads((directory / _STATE).read_text())
-        return state if {"step", "seconds", "config", "batches", "sha256"} <= state.keys() else None
+        known = {"step", "seconds", "config", "batches", "sha256"} <= state.keys()
+        return state if known and state["sha256"].keys() >= {_file(_BATCHES)} else None
     except (OSError, ValueError, AttributeError):
         return None
 
 
-def _is_whole(directory: Path, state: Mapping[str, Any]) -> bool:
-    try:
-        return bool(state["sha256"] == _sha256(directory / _TENSORS))
-    except OSError:
-        return False
+def _flushed(path: Path) -> str:
+    """The checksum of a file that is on the disk for good.
 
-
-def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    start = prefix + "."
-    return {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
+    Raises:
+        OSError: What the disk gives back is something else.
+    """
+    written = _sha256(path)
+    _flush(path)
+    with path.open("rb") as file:
+        if hasattr(os, "posix_fadvise"):  # so that it is read from the disk, not from memory
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if _sha256(path) != written:
+        raise OSError(f"{path} reads differently from what was written; check the disk")
+    return written
 
 
 def _sha256(path: Path) -> str:
@@ -133,5 +205,9 @@ def _sha256(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Have the disk hold a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -209,7 +209,12 @@ def train_entries(
         name: new_learner(saes[name], same[0].config, fresh=start is None)
         for name, same in trained.items()
     }
-    checkpoints = Checkpoints(directory / "checkpoints", key, training.checkpoints_kept)
+    checkpoints = Checkpoints(
+        directory / "checkpoints",
+        key,
+        training.checkpoints_kept,
+        in_background=training.checkpoint_in_background,
+    )
     with contexts, open_tracker(training.tracker, directory, checkpoints.step(), config) as log:
 
         def log_by_every_name(record: Record) -> None:
@@ -237,6 +242,7 @@ def train_entries(
         "tokens_kept": batches.excluded.kept,
         "excluded_special_tokens": batches.excluded.special,
         "excluded_long_tokens": batches.excluded.long,
+        "seconds_for_checkpoints": round(checkpoints.seconds_waited, 3),
         **text_read(contexts),
     }
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from groupsae.config import TrainingConfig
+from groupsae.errors import Interrupted
 from groupsae.host.tokens import EndOfText
 from groupsae.progress import progress
 from groupsae.training.batches import MixedBatches
 from groupsae.training.checkpoint import Checkpoints
+from groupsae.training.interruption import stopping_on_signals
 from groupsae.training.learner import Learner
 
 Record = dict[str, Any]
@@ -36,12 +39,20 @@ def train(
             sae, seconds, and the means since the last one.
         slots: The SAEs that learn from each of the mixed batches, by its name in `batches`; by
             default each from the one of its own name.
+
+    Raises:
+        Interrupted: A signal came; the step is finished and a checkpoint written.
+        EndOfText: The text is used up; a checkpoint is written.
     """
     slots = slots or {name: [name] for name in learners}
     start, seconds_before = checkpoints.restore(learners, batches)
     began = time.monotonic() - seconds_before
     total = config.steps * config.batch_tokens
-    with progress(f"train {len(learners)} SAEs", total) as bar:
+    with (
+        progress(f"train {len(learners)} SAEs", total) as bar,
+        stopping_on_signals() as request,
+        closing(checkpoints),
+    ):
         bar.skip(start * config.batch_tokens)
         for step in range(start + 1, config.steps + 1):
             try:
@@ -66,9 +77,13 @@ def train(
                 note = f"mean FVU {fvu:.4f}"
             bar.advance(config.batch_tokens, note)
 
-            if step % config.checkpoint_every == 0 and step < config.steps:
+            due = step % config.checkpoint_every == 0 or request.signal is not None
+            if due and step < config.steps:
                 batches.check_finite()
                 checkpoints.save(step, time.monotonic() - began, learners, batches)
+            if request.signal is not None and step < config.steps:
+                raise Interrupted(request.signal, step)
+            checkpoints.check()
 
 
 def _learn(
