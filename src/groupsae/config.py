@@ -356,6 +356,11 @@ class TrainingConfig(_Section):
         250_000,
         description="a latent that was silent for so many tokens counts as dead (paper: 10M)",
     )
+    max_dropped_batches: Annotated[int, Field(ge=0)] = Field(
+        10,
+        description="batches of an SAE that are left out because activations or gradients are NaN "
+        "or infinite; with more of them training stops",
+    )
     layer_sampling: LayerSampling = Field(
         "uniform",
         description="which member layers a group sees of a token: one, drawn (paper); one, with "

@@ -58,12 +58,14 @@ _IRRELEVANT = (
     "host.device",
     "host.n_layers",
     "host.d_model",
+    "tokens.on_error",
     "tokens.on_exhausted",  # what was made before the text ran out stays as it is
     "tokens.retries",
     "training.log_every",
     "training.checkpoint_every",
     "training.checkpoints_kept",
     "training.checkpoint_in_background",
+    "training.max_dropped_batches",
     "training.tracker",
     "circuits.batch_tokens",
 )

@@ -138,6 +138,8 @@ class OpenRun:
             held_out=tokens.held_out,
             seed=tokens.seed,
             on_exhausted=tokens.on_exhausted,
+            on_error=tokens.on_error,
+            retries=tokens.retries,
             prepend_bos=tokens.prepend_bos,
             vocab_size=self.host.vocab_size,
             model_context_length=self.host.context_length,

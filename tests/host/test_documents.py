@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from groupsae.errors import InputError
 from groupsae.host.documents import Documents, Position, _paragraphs, open_documents
+from groupsae.host.faults import BrokenText, Retries
 
 
 @pytest.fixture(autouse=True)
@@ -349,8 +350,9 @@ class TestRefusals:
 
         stream = datasets.IterableDataset.from_generator(rows)
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
-        with pytest.raises(InputError, match="connection reset"):
-            _contents(open_documents("someone/stories", column=None))
+        retries = Retries(2, sleep=lambda _: None)
+        with pytest.raises(BrokenText, match="connection reset"):
+            _contents(open_documents("someone/stories", retries=retries))
 
     @pytest.mark.parametrize(
         "error",

@@ -247,3 +247,41 @@ def test_records_hold_one_line_per_sae_and_logged_step(host, corpus, tmp_path):
     for record in records:
         assert record["tokens"] == record["step"] * 128
         assert 0 < record["fvu"] < 2
+
+
+def broken_from(host, monkeypatch, step, until=10**6):
+    """Let the host model give NaN at layer 1 in the batches of some steps."""
+    original = MixedBatches.next
+    taken = []
+
+    def next_(self):
+        taken.append(None)
+        batch = original(self)
+        if step <= len(taken) < until:
+            self.finite[1] = False
+            for mixed in batch.values():
+                mixed.x[3] = float("nan")
+        return batch
+
+    monkeypatch.setattr(MixedBatches, "next", next_)
+
+
+def test_a_few_broken_batches_are_dropped_and_counted(host, corpus, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("groupsae"), "propagate", True)
+    broken_from(host, monkeypatch, step=3, until=6)
+    learners, records = run(host, corpus, tmp_path)
+    assert [learner.n_dropped for learner in learners.values()] == [3, 3]
+    assert all(t.isfinite().all() for t in weights(learners).values())
+    assert [r["dropped"] for r in records if r["sae"] == "layers-00-01"] == [2, 3, 3, 3, 3]
+    assert "layer 1 of GPTNeoXForCausalLM gave NaN or infinite activations: 3 batches" in caplog.text
+
+
+def test_too_many_end_the_run_and_the_good_weights_are_kept(host, corpus, tmp_path, monkeypatch):
+    broken_from(host, monkeypatch, step=3)
+    with pytest.raises(InputError, match=r"max_dropped_batches=10: layer 1 .* 14 batches"):
+        run(host, corpus, tmp_path)
+    monkeypatch.undo()
+    assert Checkpoints(tmp_path, "this").step() == 16
+    learners, batches = learners_and_batches(host, corpus)
+    Checkpoints(tmp_path, "this").restore(learners, batches)
+    assert all(t.isfinite().all() for t in weights(learners).values())

@@ -206,3 +206,51 @@ def test_normalize_decoder_survives_a_row_of_zeros():
         sae.W_dec[0] = 0
     normalize_decoder(sae)
     assert sae.W_dec.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kernel", ["reference", "torch", "cpu"])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu"])
+def test_a_batch_that_is_not_finite_changes_nothing(architecture, kernel, bad):
+    """Three good batches with a broken one among them move the weights as the three alone."""
+    k = {"k": 4} if architecture != "jumprelu" else {"target_l0": 4.0, "bandwidth": 0.1}
+    shape = SAEConfig(
+        d_model=8,
+        d_sae=32,
+        layers=(0,),
+        architecture=architecture,
+        initial_threshold=0.01 if architecture == "jumprelu" else None,
+        **k,
+    )
+    settings = {"kernel": kernel, "dead_after_tokens": 100, "warmup": 0.0, "decay": 0.0}
+    if architecture == "jumprelu":
+        settings |= {"sparsity_weight": 1.0, "sparsity_warmup": 0.0}
+    one, two, three = batches(3)
+    broken = one.clone()
+    broken[5, 2] = bad
+
+    def learn(xs):
+        sae = SAE(shape, generator=torch.Generator().manual_seed(0))
+        learner = Learner(sae, make_config(**settings))
+        for x in xs:
+            learner.step(x, torch.zeros(len(x), dtype=torch.long))
+        return learner
+
+    expected, found = learn([one, two, three]), learn([one, broken, two, three])
+    assert (expected.n_dropped, found.n_dropped) == (0, 1)
+    left_out = {"dropped", "steps", "tokens"}
+    for name, tensor in expected.state().items():
+        if name not in left_out:
+            assert torch.equal(tensor, found.state()[name]), name
+    assert found.metrics() == expected.metrics() | {"dropped": 1}
+
+
+def test_what_is_fitted_to_the_first_batch_is_fitted_to_its_finite_rows():
+    x = batches(1)[0]
+    broken = torch.cat([x, torch.full((3, 8), float("nan"))])
+    plain, sae = make_sae(), make_sae()
+    Learner(plain, make_config(), fit_encoder=True).step(x)
+    Learner(sae, make_config(), fit_encoder=True).step(broken)
+    size = sae.W_enc.norm(dim=1)
+    assert bool(size.isfinite().all())
+    torch.testing.assert_close(size, plain.W_enc.norm(dim=1), rtol=0.05, atol=0.05)

@@ -291,7 +291,8 @@ def test_a_killed_start_continues_to_the_same_bits(groups, settings, tmp_path, m
     for name, sae in whole.saes().items():
         for key, tensor in sae.state_dict().items():
             assert torch.equal(tensor, continued[name].state_dict()[key]), (name, key)
-    assert summary(whole) == summary(Run(tmp_path / "killed"))
+    time = {"seconds_for_checkpoints": 0}
+    assert summary(whole) | time == summary(Run(tmp_path / "killed")) | time
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ class ContextsAhead:
 
         Raises:
             EndOfText: fewer are left, and the corpus is not to be repeated. Nothing is consumed.
-            InputError: a document is not readable, or a token id is not in the vocabulary.
+            BrokenText: as the stream's own. Nothing is consumed.
         """
         contexts = torch.empty(n, self.context_length, dtype=torch.int64)
         reader = self._reader or self._start()
@@ -59,6 +59,11 @@ class ContextsAhead:
             raise
         self._place = place
         return contexts
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """The stream's own before the last context that was handed out."""
+        return dict(self.state_dict()["skipped"])
 
     def state_dict(self) -> dict[str, Any]:
         """The stream's own after the last context that was handed out, fit for JSON."""

@@ -1,7 +1,8 @@
 """Where text comes from: the documents of any source, in a shuffled order one can re-enter.
 
 Files and folders are read by the `datasets` library and lie in its on-disk cache, so a corpus may
-be larger than memory; hub data sets are streamed and never stored.
+be larger than memory; hub data sets are streamed and never stored. A stream that breaks off is read
+again; what cannot be read stops the run or is passed over, as `tokens.on_error` says.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from groupsae.errors import InputError
+from groupsae.host.faults import BrokenText, Fault, OnError, Retries, causes_of, reason_of
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +67,8 @@ class Document(NamedTuple):
 
     position: Position
     content: str | np.ndarray | None
+    fault: Fault | None = None
+    """What was passed over here, in place of a document."""
 
 
 @runtime_checkable
@@ -91,6 +95,8 @@ def open_documents(
     column: str | None = None,
     revision: str | None = None,
     seed: int = 0,
+    on_error: OnError = "stop",
+    retries: Retries = Retries(),  # noqa: B008, it is frozen
 ) -> Documents:
     """Open `source`: "bundled", a file, a folder, or the name of a hub data set.
 
@@ -105,6 +111,11 @@ def open_documents(
     `column` names the column of text or of lists of token ids; by default the one of `text`,
     `tokens`, `input_ids` that is there.
 
+    A stream that breaks off is read again, `retries` times. Where that does not help, and where a
+    row is neither text nor token ids, reading raises BrokenText or, with `on_error` "skip", passes
+    over the row or the rest of the stream's file: a :class:`Document` with a `fault` tells of it.
+    So it is with the files of a folder that cannot be read, and these are told of at its beginning.
+
     Raises InputError where there is nothing readable, or no such split or column.
     """
     if source == BUNDLED:
@@ -112,44 +123,57 @@ def open_documents(
     path = Path(source).expanduser()
     if path.exists():
         with _explained(source):
-            dataset = _load(path, split, subset)
-        return _Indexed(dataset, _column(source, dataset.column_names, column), source, seed)
+            dataset, faults = _load(path, split, subset, on_error)
+        column = _column(source, dataset.column_names, column)
+        return _Indexed(dataset, column, source, seed, on_error, faults)
     if _is_path(source) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
         raise InputError(
             f"tokens.source={str(source)!r}: no such file or folder (looked at {path.absolute()}). "
             f"Check the path, or use tokens.source={BUNDLED}."
         )
-    return _Streamed(str(source), split, subset, column, revision, seed)
+    return _Streamed(str(source), split, subset, column, revision, seed, on_error, retries)
 
 
 class _Indexed:
     """Local rows, any of which can be read at once: each epoch is a permutation of all of them."""
 
-    def __init__(self, dataset: Any, column: str, source: str | Path, seed: int) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        column: str,
+        source: str | Path,
+        seed: int,
+        on_error: OnError,
+        faults: list[Fault],
+    ) -> None:
         self.count: int | None = len(dataset)
         self._rows = dataset.select_columns([column]).with_format(None)
         self._column, self._source, self._seed = column, source, seed
-        if not _surely_text_or_ids(self._rows.features[column]):
+        self._on_error: OnError = on_error
+        self._faults = faults
+        if on_error == "stop" and not _surely_text_or_ids(self._rows.features[column]):
             for first in range(0, len(dataset), _BLOCK):  # now, rather than deep in a run
                 self._read_rows(np.arange(first, min(first + _BLOCK, len(dataset))))
 
     def read(self, start: Position) -> Iterator[Document]:
+        if start[:2] == (0, 0):
+            yield from (Document(start, None, fault) for fault in self._faults)
         order = np.random.default_rng([self._seed, start.epoch]).permutation(len(self._rows))
         for first in range(start.document, len(order), _BLOCK):
             contents = self._read_rows(order[first : first + _BLOCK])
             for index, content in enumerate(contents, start=first):
-                yield Document(Position(start.epoch, index), content)
+                yield _document(Position(start.epoch, index), content)
 
     def identity(self) -> str:
         sample = np.unique(np.linspace(0, len(self._rows) - 1, 64).astype(int))
         contents = self._read_rows(sample) if len(self._rows) else []
         return f"{self._column} {len(self._rows)} {_digest(contents)}"
 
-    def _read_rows(self, rows: np.ndarray) -> list[str | np.ndarray | None]:
+    def _read_rows(self, rows: np.ndarray) -> list[_Content]:
         with _explained(self._source):
             values = self._rows[rows.tolist()][self._column]
         return [
-            _content(value, row, self._column, self._source)
+            _content(value, row, self._column, self._source, self._on_error)
             for row, value in zip(rows.tolist(), values, strict=True)
         ]
 
@@ -167,79 +191,256 @@ class _Streamed:
         column: str | None,
         revision: str | None,
         seed: int,
+        on_error: OnError,
+        retries: Retries,
     ) -> None:
         import datasets
 
         self._name, self._seed = name, seed
+        self._on_error: OnError = on_error
+        self._retries = retries
         self._identity = [name, subset, revision, split]
         with _explained(name), _quiet():
             self._stream = datasets.load_dataset(
                 name, subset, split=split, revision=revision, streaming=True
             )
             columns = self._stream.column_names
-            if columns is None:  # known only from the rows
-                columns = list(next(iter(copy.deepcopy(self._stream)), {}))
+            if columns is None:
+                columns = list(self._first_row())
         self._column = _column(name, columns, column)
 
     def read(self, start: Position) -> Iterator[Document]:
-        block, first = divmod(start.document, _BLOCK)
-        stream, state, contents = self._enter(block, start.bookmark)
-        while contents:
-            bookmark = {"state": state, "digest": _digest(contents)}
-            seeds = [self._seed, start.epoch, block]
-            order = np.random.default_rng(seeds).permutation(len(contents))
-            for index in range(first, len(contents)):
-                position = Position(start.epoch, block * _BLOCK + index, bookmark)
-                yield Document(position, contents[order[index]])
-            state = copy.deepcopy(stream.dataset.state_dict())
-            block, first = block + 1, 0
-            contents = self._read_block(stream, block)
+        number, first = divmod(start.document, _BLOCK)
+        reader = _Reader(
+            self._stream, self._name, self._column, self._on_error, self._retries, start.bookmark
+        )
+        while (block := reader.block(number)).contents:
+            bookmark = {
+                "state": block.state,
+                "digest": _digest(block.contents),
+                "passed": [list(passed) for passed in reader.passed],
+            }
+            seeds = [self._seed, start.epoch, number]
+            order = np.random.default_rng(seeds).permutation(len(block.contents))
+            if first == 0:
+                for fault in reader.faults(number):
+                    yield Document(Position(start.epoch, number * _BLOCK, bookmark), None, fault)
+            for index in range(first, len(block.contents)):
+                position = Position(start.epoch, number * _BLOCK + index, bookmark)
+                yield _document(position, block.contents[order[index]])
+            number, first = number + 1, 0
 
     def identity(self) -> str:
         return " ".join(str(part) for part in [*self._identity, self._column])
 
-    def _enter(
-        self, block: int, bookmark: dict[str, Any] | None
-    ) -> tuple[_Reader, dict[str, Any] | None, list[str | np.ndarray | None]]:
-        """A reader behind `block`, the state of `datasets` before it, and the block's contents."""
-        state, digest = (bookmark["state"], bookmark["digest"]) if bookmark else (None, None)
-        stream = _Reader.of(self._stream, state)
-        contents = self._read_block(stream, block)
-        if bookmark and _digest(contents) != digest:
-            # Releases of `datasets` have lost their place here (its issues 8145 and 8308).
-            _log.warning("%s: the place is not found at once; reading up to it.", self._name)
-            stream = _Reader.of(self._stream, None)
-            for earlier in range(block):
-                self._read_block(stream, earlier)
-            contents = self._read_block(stream, block)
-            if _digest(contents) != digest:
-                raise InputError(
-                    f"tokens.source={self._name!r} is not the data set that it was when the place "
-                    "in it was saved. Pin tokens.revision, or start a new run."
-                )
-        return stream, state, contents
+    def _first_row(self) -> dict[str, Any]:
+        failures = 0
+        while True:
+            try:
+                return next(iter(_own(self._stream)), {})
+            except Exception as error:
+                failures += 1
+                if not self._retries.wait(failures, self._name, error):
+                    raise
 
-    def _read_block(self, stream: _Reader, block: int) -> list[str | np.ndarray | None]:
-        with _explained(self._name):
-            values = [row[self._column] for row in islice(stream.rows, _BLOCK)]
+
+class _Block(NamedTuple):
+    """What a block of a stream holds, and the state of `datasets` before it."""
+
+    contents: list[_Content]
+    state: dict[str, Any] | None
+
+
+class _Passed(NamedTuple):
+    """A place where the stream broke off for good; saved, so that it is passed over again."""
+
+    block: int
+    row: int
+    """How many rows of the block came before it."""
+    state: dict[str, Any]
+    """Where reading went on: at the next file."""
+    reason: str
+
+
+class _Known(NamedTuple):
+    """A block that was read before, by which to find the way back."""
+
+    number: int
+    state: dict[str, Any] | None
+    digest: str
+
+
+class _Reader:
+    """A streamed data set of one's own, so that readers keep their own places, read block by block.
+
+    Args:
+        bookmark: Of the first block that is asked for, where there is one.
+    """
+
+    def __init__(
+        self,
+        stream: Any,
+        name: str,
+        column: str,
+        on_error: OnError,
+        retries: Retries,
+        bookmark: dict[str, Any] | None,
+    ) -> None:
+        self._stream, self._name, self._column = stream, name, column
+        self._on_error: OnError = on_error
+        self._retries = retries
+        self._bookmark = bookmark
+        self._known: _Known | None = None
+        self._rows: Iterator[dict[str, Any]] | None = None  # None: the place is to be found
+        self._place: dict[str, Any] | None = None  # what `datasets` calls the end of the last block
+        self._state: dict[str, Any] | None = None  # ... and the beginning of this one
+        self._filling = -1  # its number
+        self.passed = [_Passed(*passed) for passed in (bookmark or {}).get("passed", ())]
+
+    def block(self, number: int) -> _Block:
+        """Block `number`, empty at the end; in one reader, blocks are asked for one after another.
+
+        Raises:
+            BrokenText: The stream breaks off, however often it is read again, and is not to be
+                passed over; or a row is neither text nor token ids.
+            InputError: The stream is not the one of the bookmark.
+        """
+        if self._bookmark is not None:
+            self._known = _Known(number, self._bookmark["state"], self._bookmark["digest"])
+            self._bookmark = None
+        values: list[Any] = []
+        failures = 0
+        while True:
+            try:
+                self._read(number, values)
+                break
+            except InputError:
+                raise
+            except Exception as error:  # whatever a connection or a damaged file leads to
+                self._rows = None
+                failures += 1
+                if not self._retries.wait(failures, self._name, error):
+                    self._pass_over(number, len(values), error)
+                    failures = 0
+        contents = self._contents(values, number)
+        self._known = _Known(number, self._state, _digest(contents))
+        return _Block(contents, self._state)
+
+    def faults(self, number: int) -> list[Fault]:
+        """What was passed over in block `number`."""
         return [
-            _content(value, row, self._column, self._name)
-            for row, value in enumerate(values, start=block * _BLOCK)
+            Fault(
+                "stream",
+                f"the rest of a file of {self._name!r}, from document "
+                f"{passed.block * _BLOCK + passed.row:,} on: {passed.reason}",
+            )
+            for passed in self.passed
+            if passed.block == number
+        ]
+
+    def _read(self, number: int, values: list[Any]) -> None:
+        """Fill `values` with block `number`, which comes next or is to be found."""
+        if self._rows is not None:
+            self._fill(number, values)
+            return
+        known = self._known
+        ways = [(0, None)] if known is None else [(known.number, known.state), (0, None)]
+        for first, state in ways:
+            self._go_to(state)
+            for block in range(first, number + 1):
+                self._fill(block, values)
+                if known is not None and block == known.number:
+                    digest = _digest(self._contents(values, block))
+                    if digest != known.digest:
+                        break
+            else:
+                return
+            if first:
+                # Releases of `datasets` have lost their place here (its issues 8145 and 8308).
+                _log.warning("%s: the place is not found at once; reading up to it.", self._name)
+        raise InputError(
+            f"tokens.source={self._name!r} is not the data set that it was when the place in it "
+            "was saved. Pin tokens.revision, or start a new run."
+        )
+
+    def _fill(self, number: int, values: list[Any]) -> None:
+        """Read the next block, except what was passed over in it."""
+        self._filling, self._state = number, self._place
+        values.clear()
+        for passed in self.passed:
+            if passed.block == number:
+                self._extend(values, passed.row)
+                self._go_to(passed.state)
+        self._extend(values, _BLOCK)
+        self._place = copy.deepcopy(self._dataset.state_dict())
+
+    def _extend(self, values: list[Any], length: int) -> None:
+        assert self._rows is not None
+        for row in islice(self._rows, length - len(values)):
+            values.append(row[self._column])
+
+    def _go_to(self, state: dict[str, Any] | None) -> None:
+        self._dataset = _own(self._stream)
+        if state is not None:
+            self._dataset.load_state_dict(copy.deepcopy(state))
+        self._rows, self._place = iter(self._dataset), state
+
+    def _pass_over(self, number: int, row: int, error: Exception) -> None:
+        """Note that the file is to be left in which block `number` broke off, or raise.
+
+        Where not even the way back to the block can be read, it is not that file that is broken.
+        """
+        reached = self._filling == number
+        skip = self._on_error == "skip" and reached
+        if skip and (state := self._next_file()) is not None:
+            self.passed.append(_Passed(number, row, state, reason_of(error)))
+            return
+        place = f"at document {number * _BLOCK + (row if reached else 0):,} (from 0)"
+        mend = ""
+        if skip:
+            mend = "; its files are not told apart, so none can be passed over"
+        elif self._on_error == "stop":
+            mend = ", or set tokens.on_error=skip to pass over the rest of a file that is broken"
+        raise BrokenText(
+            f"tokens.source={self._name!r} broke off {place}: {reason_of(error)}. Further tries "
+            f"did not help (tokens.retries={self._retries.count}). Check the network and run the "
+            f"same command again{mend}."
+        ) from error
+
+    def _next_file(self) -> dict[str, Any] | None:
+        """The state of `datasets` behind the file that it is in; None where it counts no files."""
+        here = _file_counter(self._dataset.state_dict())
+        state = _own(self._stream).state_dict()  # of the beginning
+        there = _file_counter(state)
+        if here is None or there is None:
+            return None
+        there["shard_idx"] = here["shard_idx"] + 1
+        return dict(state)
+
+    def _contents(self, values: list[Any], number: int) -> list[_Content]:
+        return [
+            _content(value, row, self._column, self._name, self._on_error)
+            for row, value in enumerate(values, start=number * _BLOCK)
         ]
 
 
-class _Reader(NamedTuple):
-    """A streamed data set of one's own, so that readers keep their own places, and its rows."""
+def _own(stream: Any) -> Any:
+    """A copy of a data set, which keeps a place of its own."""
+    from huggingface_hub import HfFileSystem
 
-    dataset: Any
-    rows: Iterator[dict[str, Any]]
+    # `datasets` hangs this one of the whole process on every data set. It is not to be copied: it
+    # grows on the way when that is done in another thread.
+    shared = HfFileSystem._cache
+    return copy.deepcopy(stream, {id(shared): shared})
 
-    @classmethod
-    def of(cls, stream: Any, state: dict[str, Any] | None) -> _Reader:
-        dataset = copy.deepcopy(stream)
-        if state is not None:
-            dataset.load_state_dict(copy.deepcopy(state))
-        return cls(dataset, iter(dataset))
+
+def _file_counter(state: Any) -> dict[str, Any] | None:
+    """The part of a state of `datasets` that counts files."""
+    while isinstance(state, dict):
+        if "shard_idx" in state:
+            return state
+        state = state.get("examples_iterable")
+    return None
 
 
 class _Bundled:
@@ -268,15 +469,18 @@ class _Bundled:
         return f"{BUNDLED} {_digest(sample)}"
 
 
-def _load(path: Path, split: str, subset: str | None) -> Any:
-    """The rows of a local file or folder, memory-mapped from the cache of `datasets`."""
+def _load(path: Path, split: str, subset: str | None, on_error: OnError) -> tuple[Any, list[Fault]]:
+    """The rows of a local file or folder, memory-mapped from the cache of `datasets`.
+
+    With them, the files that were left out.
+    """
     import datasets
 
     if path.is_dir() and any((path / name).exists() for name in _SAVED):
         saved = datasets.load_from_disk(str(path))
         if not isinstance(saved, datasets.DatasetDict):
             saved = {"train": saved}
-        return _split(path, saved, split)
+        return _split(path, saved, split), []
     if path.is_dir():
         with _quiet():
             builder = datasets.load_dataset_builder(str(path), subset)
@@ -293,9 +497,28 @@ def _load(path: Path, split: str, subset: str | None) -> Any:
     files = [file for file in files if file.stat().st_size]
     if not files:
         raise InputError(f"tokens.source={str(path)!r} is empty. Give a source that holds text.")
-    builder_name = _BUILDERS[kinds[0]]
+    kind = _BUILDERS[kinds[0]]
+    try:
+        return _rows(kind, files), []
+    except Exception as error:  # whatever the library raises on a file that it cannot read
+        if len(files) == 1 or _complaint_of_the_cache(causes_of(error)):
+            raise
+        readable, faults = _readable(path, kind, files, on_error)
+        if not faults:  # each by itself is readable
+            raise
+    if not readable:
+        raise BrokenText(
+            f"tokens.source={str(path)!r}: none of its files can be read; {faults[0].what}. "
+            "Give a source that holds text."
+        )
+    return _rows(kind, readable), faults
+
+
+def _rows(kind: str, files: list[Path]) -> Any:
+    import datasets
+
     with _quiet():
-        if builder_name == "txt":
+        if kind == "txt":
             return datasets.Dataset.from_generator(
                 _text_documents,
                 features=datasets.Features({"text": datasets.Value("string")}),
@@ -306,8 +529,33 @@ def _load(path: Path, split: str, subset: str | None) -> Any:
                 },
             )
         return datasets.load_dataset(
-            builder_name, data_files=[glob.escape(str(file)) for file in files], split="train"
+            kind, data_files=[glob.escape(str(file)) for file in files], split="train"
         )
+
+
+def _readable(
+    path: Path, kind: str, files: list[Path], on_error: OnError
+) -> tuple[list[Path], list[Fault]]:
+    """The files that can be read each by itself, and what is wrong with the others."""
+    readable, faults = [], []
+    for file in files:
+        try:
+            _rows(kind, [file])
+        except Exception as error:  # as above
+            reason = reason_of(error)
+            if _complaint_of_the_cache(causes_of(error)):
+                raise
+            if _holds_nothing(reason):
+                continue
+            if on_error == "stop":
+                raise BrokenText(
+                    f"tokens.source={str(path)!r}: {file.name} cannot be read: {reason}. Mend or "
+                    "remove that file, or set tokens.on_error=skip to leave out what is broken."
+                ) from error
+            faults.append(Fault("file", f"{file}: {reason}"))
+        else:
+            readable.append(file)
+    return readable, faults
 
 
 def _split(path: Path, splits: Any, split: str) -> Any:
@@ -424,31 +672,47 @@ def _surely_text_or_ids(feature: Any) -> bool:
     return dtype in {"string", "large_string"} or inner.startswith(("int", "uint"))
 
 
-def _content(value: Any, row: int, column: str, source: str | Path) -> str | np.ndarray | None:
+_Content = str | np.ndarray | Fault | None
+
+
+def _content(value: Any, row: int, column: str, source: str | Path, on_error: OnError) -> _Content:
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, list):
         ids = np.asarray(value) if value else np.zeros(0, np.int64)
         if ids.ndim == 1 and ids.dtype.kind in "iu":
             return ids.astype(np.int64)
-    raise InputError(
+    wrong = (
         f"row {row} (from 0) of {str(source)!r}: column {column!r} holds {repr(value)[:60]} "
-        f"({type(value).__name__}), which is neither text nor a list of token ids. "
-        "Mend or drop that row, or name another column with tokens.column."
+        f"({type(value).__name__}), which is neither text nor a list of token ids"
     )
+    if on_error == "skip":
+        return Fault("not_text", wrong)
+    raise BrokenText(
+        f"{wrong}. Mend or drop that row, set tokens.on_error=skip to pass over such rows, or name "
+        "another column with tokens.column."
+    )
+
+
+def _document(position: Position, content: _Content) -> Document:
+    if isinstance(content, Fault):
+        return Document(position, None, content)
+    return Document(position, content)
 
 
 def content_bytes(content: str | np.ndarray | None) -> bytes:
     """What makes two documents the same: their text but for outer white space, or their ids."""
     if content is None:
         return b""
-    return content.strip().encode() if isinstance(content, str) else content.tobytes()
+    if isinstance(content, str):  # with halves of surrogate pairs, if it has such
+        return content.strip().encode(errors="surrogatepass")
+    return content.tobytes()
 
 
-def _digest(contents: Iterable[str | np.ndarray | None]) -> str:
+def _digest(contents: Iterable[_Content]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for content in contents:
-        digest.update(b"\0" + content_bytes(content))
+        digest.update(b"\0" + content_bytes(None if isinstance(content, Fault) else content))
     return digest.hexdigest()
 
 
@@ -464,16 +728,13 @@ def _explained(source: str | Path) -> Iterator[None]:
 
 
 def _explanation(source: str, error: BaseException) -> str:
-    causes = [error]
-    while cause := causes[-1].__cause__:
-        causes.append(cause)
-    reason = next((text for cause in reversed(causes) if (text := str(cause))), repr(error))
+    causes, reason = causes_of(error), reason_of(error)
     if complaint := _complaint_of_the_cache(causes):
         return (
             f"tokens.source={source!r}: {complaint} ({reason}). Mend that, or set "
             "HF_DATASETS_CACHE to another folder."
         )
-    if "corresponds to no data" in reason:
+    if _holds_nothing(reason):
         return f"tokens.source={source!r} is empty. Give a source that holds text."
     if Path(source).expanduser().exists():
         mend = ". Save the text as UTF-8." if isinstance(causes[-1], UnicodeDecodeError) else ""
@@ -483,6 +744,10 @@ def _explanation(source: str, error: BaseException) -> str:
         f"give a data set of that name: {reason}. Check the name, tokens.split, tokens.subset, "
         f"the network and HF_HUB_OFFLINE; or use a local file, or tokens.source={BUNDLED}."
     )
+
+
+def _holds_nothing(reason: str) -> bool:
+    return "corresponds to no data" in reason
 
 
 def _complaint_of_the_cache(causes: list[BaseException]) -> str | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from groupsae.errors import InputError
 from groupsae.host.documents import Document, Documents, Position, content_bytes, open_documents
+from groupsae.host.faults import BrokenText, Fault, Kind, OnError, Retries, reason_of
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ def open_corpus(
     prepend_bos: bool | None = None,
     vocab_size: int | None = None,
     model_context_length: int | None = None,
+    on_error: OnError = "stop",
+    retries: int = 5,
 ) -> Corpus:
     """Open text or token ids as contexts of a fixed length.
 
@@ -63,6 +66,9 @@ def open_corpus(
             itself puts it before a text.
         vocab_size: token ids must be smaller (rows of the host model's embedding).
         model_context_length: the longest context of the host model; None for no limit.
+        on_error: where a document, a file or the rest of a streamed file cannot be read, raise
+            BrokenText, or pass over it and count it: see :attr:`TokenStream.skipped`.
+        retries: how often a read of a stream that breaks off is tried again.
 
     Raises:
         InputError: nothing readable, no such split or column, no documents, a context that does
@@ -83,7 +89,14 @@ def open_corpus(
     if seed < 0:
         raise InputError(f"tokens.seed={seed} is to be 0 or more")
     documents = open_documents(
-        source, split=split, subset=subset, column=column, revision=revision, seed=seed
+        source,
+        split=split,
+        subset=subset,
+        column=column,
+        revision=revision,
+        seed=seed,
+        on_error=on_error,
+        retries=Retries(retries),
     )
     return Corpus(
         source=str(source),
@@ -96,6 +109,7 @@ def open_corpus(
         seed=seed,
         repeat=on_exhausted == "repeat",
         vocab_size=vocab_size,
+        on_error=on_error,
     )
 
 
@@ -113,6 +127,8 @@ class Corpus:
     seed: int
     repeat: bool
     vocab_size: int | None
+    on_error: OnError = "stop"
+    _told: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def train(self) -> TokenStream:
         """A new stream of the documents that are not held out, from the beginning.
@@ -160,7 +176,17 @@ class Corpus:
             "tokenizer": _tokenizer_identity(self.tokenizer),
         }
 
+    def tell(self, fault: Fault) -> None:
+        """Log a fault that is passed over, the first of its kind."""
+        if fault.kind not in self._told:
+            self._told.add(fault.kind)
+            _log.warning(
+                "tokens.on_error=skip: passed over %s; more of this kind (%s) are only counted",
+                *(fault.what, fault.kind),
+            )
+
     def _stream(self, part: Part) -> TokenStream:
+        _check_joints(self)
         stream = TokenStream(self, part)
         stream.require(self.context_length)
         return stream
@@ -189,6 +215,7 @@ class TokenStream:
         self.part = part
         self.context_length = corpus.context_length
         self.tokens_seen = 0
+        self._skipped: Counter[str] = Counter()
         self._identity = {**corpus.identity, "part": part}
         self._cursor = _Cursor(Position(epoch=0, document=0), offset=0)
         self._rewind()
@@ -198,12 +225,22 @@ class TokenStream:
         """How many times the text had been used up when the last context was given."""
         return self._cursor.position.epoch
 
+    @property
+    def skipped(self) -> dict[str, int]:
+        """What was passed over before the last context that was given, by kind of fault.
+
+        "file" (of a folder) and "stream" (the rest of a streamed file) count files, "not_text",
+        "tokenizer" and "vocabulary" documents; a kind that did not occur is left out.
+        """
+        return dict(self._skipped)
+
     def next_contexts(self, n: int) -> Int[Tensor, "n context"]:
         """The next `n` contexts of token ids, int64 on the CPU.
 
         Raises:
             EndOfText: fewer are left, and the corpus is not to be repeated. Nothing is consumed.
-            InputError: a document is not readable, or a token id is not in the vocabulary.
+            BrokenText: a document is not readable, or a token id is not in the vocabulary, and such
+                are not to be passed over. Nothing is consumed.
         """
         contexts, used = self._look_ahead(n, repeat=self.corpus.repeat)
         if len(contexts) < n:
@@ -250,6 +287,7 @@ class TokenStream:
             "position": list(self._cursor.position),
             "offset": self._cursor.offset,
             "tokens_seen": self.tokens_seen,
+            "skipped": self.skipped,
             "corpus": self._identity,
         }
 
@@ -272,6 +310,7 @@ class TokenStream:
             )
         self._cursor = _Cursor(Position(*state["position"]), int(state["offset"]))
         self.tokens_seen = int(state["tokens_seen"])
+        self._skipped = Counter(state.get("skipped", {}))
         self._rewind()
 
     def is_of(self, state: Mapping[str, Any]) -> bool:
@@ -289,6 +328,8 @@ class TokenStream:
         self._reading = self.documents_from(self._cursor.position)
         self._reading_epoch = self._cursor.position.epoch
         self._skip = self._cursor.offset
+        self._passed: list[Fault] = []  # since the last document that was read
+        self._epoch_is_empty = self._skip == 0  # as far as it was read
 
     def _look_ahead(self, n: int, repeat: bool) -> tuple[np.ndarray, int]:
         """Up to `n` contexts from the pending tokens, after reading what they need, if it is there.
@@ -312,9 +353,10 @@ class TokenStream:
         while used:
             span = self._spans.popleft()
             taken = min(used, span.stop - span.start)
+            self._skipped.update(span.passed)
             self._cursor = _Cursor(span.position, span.start + taken)
             if self._cursor.offset < span.stop:
-                self._spans.appendleft(span._replace(start=self._cursor.offset))
+                self._spans.appendleft(span._replace(start=self._cursor.offset, passed=()))
             used -= taken
 
     def _read(self, repeat: bool) -> np.ndarray | None:
@@ -325,16 +367,24 @@ class TokenStream:
                 return None
             self._next_epoch()
             return np.zeros(0, np.int64)
-        tokenised = self._tokenise(batch)
-        for document, ids in zip(batch, tokenised, strict=True):
-            self._spans.append(_Span(document.position, start=0, stop=len(ids)))
-        if self._skip:  # the first document after a restored cursor was used up to here
-            tokenised[0] = tokenised[0][self._skip :]
-            self._spans[0] = self._spans[0]._replace(start=self._skip)
-            self._skip = 0
-        return np.concatenate(tokenised)
+        found: list[np.ndarray] = []
+        for document, ids in zip(batch, self._tokenise(batch), strict=True):
+            if isinstance(ids, Fault):
+                self.corpus.tell(ids)
+                self._passed.append(ids)
+                continue
+            start, self._skip = self._skip, 0  # a restored cursor's document was used up to there
+            passed = () if start else tuple(fault.kind for fault in self._passed)  # counted then
+            self._spans.append(_Span(document.position, start, len(ids), passed))
+            self._passed = []
+            self._epoch_is_empty = False
+            found.append(ids[start:])
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def _next_epoch(self) -> None:
+        if self._epoch_is_empty:
+            raise self._too_short(1, 0)
+        self._epoch_is_empty = True
         self._reading_epoch += 1
         if self._reading_epoch == 1:
             _log.warning(
@@ -345,7 +395,10 @@ class TokenStream:
         self._reading = self.documents_from(Position(self._reading_epoch, 0))
 
     def documents_from(self, start: Position) -> Iterator[Document]:
-        """The documents of this part that hold anything."""
+        """The documents of this part that hold anything, and what is passed over among them.
+
+        Of that, it is not known in which part it belongs: both have it.
+        """
         corpus = self.corpus
         for document in corpus.documents.read(start):
             content = content_bytes(document.content)
@@ -353,19 +406,24 @@ class TokenStream:
                 held_out = _is_held_out(content, corpus.seed, corpus.held_out_share)
                 if held_out == (self.part == "held_out"):
                     yield document
+            elif document.fault is not None:
+                yield document
 
-    def _tokenise(self, batch: list[Document]) -> list[np.ndarray]:
+    def _tokenise(self, batch: list[Document]) -> list[np.ndarray | Fault]:
         """The ids of each document between its joints."""
         bos, eos = self.corpus.joints
         before = np.array([] if bos is None else [bos], np.int64)
         after = np.array([] if eos is None else [eos], np.int64)
-        tokenised = []
+        tokenised: list[np.ndarray | Fault] = []
         for document, ids in zip(batch, _token_ids(self.corpus, batch), strict=True):
-            if not isinstance(document.content, str):  # ids may bring joints of their own
-                ids = ids[1:] if bos is not None and ids[0] == bos else ids
-                ids = ids[:-1] if eos is not None and ids.size and ids[-1] == eos else ids
-            tokenised.append(np.concatenate([before, ids, after]))
-        _check_vocabulary(self.corpus, tokenised)
+            if isinstance(ids, np.ndarray):
+                if not isinstance(document.content, str):  # ids may bring joints of their own
+                    ids = ids[1:] if bos is not None and ids[0] == bos else ids
+                    ids = ids[:-1] if eos is not None and ids.size and ids[-1] == eos else ids
+                ids = _in_vocabulary(self.corpus, document, ids)
+            if isinstance(ids, np.ndarray):
+                ids = np.concatenate([before, ids, after])
+            tokenised.append(ids)
         return tokenised
 
     def _end_of_text(self, asked: int, left: int) -> EndOfText:
@@ -387,9 +445,12 @@ class TokenStream:
         if self.corpus.held_out_share:
             verb = "raise" if self.part == "held_out" else "lower"
             mends += f", or {verb} tokens.held_out={self.corpus.held_out_share}"
+        passed = self._skipped + Counter(fault.kind for fault in self._passed)
+        passed += Counter(kind for span in self._spans for kind in span.passed)
+        besides = "".join(f"; passed over: {n:,} ({kind})" for kind, n in passed.items())
         return InputError(
             f"tokens.source: the {text} {holds}, and {needed:,} contexts ({needed * length:,} "
-            f"tokens) are needed at once. {mends}."
+            f"tokens) are needed at once{besides}. {mends}."
         )
 
 
@@ -462,6 +523,8 @@ class _Span(NamedTuple):
     position: Position
     start: int
     stop: int
+    passed: tuple[str, ...]
+    """Kinds of the faults before that document, as long as its first token is among these."""
 
 
 def _batch(documents: Iterator[Document]) -> list[Document]:
@@ -480,36 +543,93 @@ def _is_held_out(content: bytes, seed: int, share: float) -> bool:
     return int.from_bytes(digest, "big") < share * 2**64
 
 
-def _token_ids(corpus: Corpus, batch: list[Document]) -> list[np.ndarray]:
+def _token_ids(corpus: Corpus, batch: list[Document]) -> list[np.ndarray | Fault]:
     """The ids of each document, without anything around them."""
     contents = [document.content for document in batch]
     texts = [content for content in contents if isinstance(content, str)]
-    of_texts: Iterator[list[int]] = iter(())
-    if texts:
-        if corpus.tokenizer is None:
-            raise InputError(
-                f"tokens.source={corpus.source!r} holds text, and the model has no tokenizer. Put "
-                "the model's tokenizer beside its weights, or give a source of token ids."
-            )
-        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        of_texts = iter(corpus.tokenizer(texts, **options)["input_ids"])
-    return [
-        np.array(next(of_texts) if isinstance(content, str) else content, np.int64)
-        for content in contents
-    ]
-
-
-def _check_vocabulary(corpus: Corpus, tokenised: list[np.ndarray]) -> None:
-    smallest = min(int(ids.min(initial=0)) for ids in tokenised)
-    largest = max(int(ids.max(initial=0)) for ids in tokenised)
-    limit = corpus.vocab_size
-    if smallest < 0 or (limit is not None and largest >= limit):
-        wrong = smallest if smallest < 0 else largest
+    if texts and corpus.tokenizer is None:
         raise InputError(
-            f"tokens.source={corpus.source!r} gives the token id {wrong}, and the model's "
-            f"vocabulary is 0 to {'...' if limit is None else limit - 1}. The text was tokenised "
-            "for another model: use this model's own tokenizer, or a source of text."
+            f"tokens.source={corpus.source!r} holds text, and the model has no tokenizer. Put "
+            "the model's tokenizer beside its weights, or give a source of token ids."
         )
+    of_texts: Iterator[list[int] | Fault]
+    try:
+        of_texts = iter(_ids_of_texts(corpus, texts))
+    except Exception:  # whatever a tokenizer raises; which document is it?
+        of_texts = (
+            _ids_of_text(corpus, document)
+            for document in batch
+            if isinstance(document.content, str)
+        )
+    ids: list[np.ndarray | Fault] = []
+    for document in batch:
+        found = next(of_texts) if isinstance(document.content, str) else document.content
+        fault = document.fault if found is None else found
+        ids.append(fault if isinstance(fault, Fault) else np.array(found, np.int64))
+    return ids
+
+
+def _ids_of_texts(corpus: Corpus, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    assert corpus.tokenizer is not None
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    return list(corpus.tokenizer(texts, **options)["input_ids"])
+
+
+def _ids_of_text(corpus: Corpus, document: Document) -> list[int] | Fault:
+    assert isinstance(document.content, str)
+    try:
+        (ids,) = _ids_of_texts(corpus, [document.content])
+    except Exception as error:  # whatever a tokenizer raises
+        text = repr(document.content[:60])
+        wrong = f"holds a text on which the tokenizer fails, {text}: {reason_of(error)}"
+        if corpus.on_error == "skip":
+            return _fault("tokenizer", corpus, document, wrong)
+        raise _broken(corpus, document, wrong, "Mend or drop that document") from error
+    return ids
+
+
+def _in_vocabulary(corpus: Corpus, document: Document, ids: np.ndarray) -> np.ndarray | Fault:
+    """The ids, if they are."""
+    smallest, largest = int(ids.min(initial=0)), int(ids.max(initial=0))
+    limit = corpus.vocab_size
+    if smallest >= 0 and (limit is None or largest < limit):
+        return ids
+    wrong = (
+        f"gives the token id {smallest if smallest < 0 else largest}, and the model's vocabulary "
+        f"is 0 to {'...' if limit is None else limit - 1}"
+    )
+    if corpus.on_error == "skip":
+        return _fault("vocabulary", corpus, document, wrong)
+    wrong += ". The text was tokenised for another model"
+    raise _broken(corpus, document, wrong, "Use this model's own tokenizer, or a source of text")
+
+
+def _fault(kind: Kind, corpus: Corpus, document: Document, wrong: str) -> Fault:
+    return Fault(kind, f"{_place_of(document)} of {corpus.source!r}: it {wrong}")
+
+
+def _broken(corpus: Corpus, document: Document, wrong: str, mend: str) -> BrokenText:
+    return BrokenText(
+        f"tokens.source={corpus.source!r} {wrong} ({_place_of(document)}). {mend}, or set "
+        "tokens.on_error=skip to pass over such documents."
+    )
+
+
+def _place_of(document: Document) -> str:
+    epoch, number, _ = document.position
+    return f"document {number:,} (from 0) in the shuffled order of epoch {epoch}"
+
+
+def _check_joints(corpus: Corpus) -> None:
+    for joint in corpus.joints:
+        if joint is not None and corpus.vocab_size is not None and joint >= corpus.vocab_size:
+            raise InputError(
+                f"tokens.source={corpus.source!r}: the tokenizer puts the token id {joint} between "
+                f"documents, and the model's vocabulary is 0 to {corpus.vocab_size - 1}. It is for "
+                "another model: use this model's own tokenizer."
+            )
 
 
 def joints_of(tokenizer: Tokenizer | None, prepend_bos: bool | None) -> Joints:

@@ -62,6 +62,11 @@ class CachedActivations:
         self._mapped: dict[int, dict[str, Tensor]] = {}
         self._arrange(len(manifest.shards))
 
+    @property
+    def skipped(self) -> dict[str, int]:
+        """What was passed over in the text when the cache was written, by kind of fault."""
+        return dict(self.manifest.stream.get("skipped", {}))
+
     def next_contexts(self, n: int) -> Int[Tensor, "n context"]:
         """The next `n` contexts of token ids, int64 on the CPU.
 

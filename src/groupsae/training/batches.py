@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from groupsae.config import LayerSampling
-from groupsae.errors import InputError
 from groupsae.host.ahead import ContextsAhead
+from groupsae.host.faults import BrokenText
 from groupsae.host.model import HostModel
 from groupsae.host.tokens import EndOfText, TokenStream, special_mask
 from groupsae.training.activation_cache import CachedActivations
@@ -153,6 +153,7 @@ class MixedBatches:
 
         Raises:
             EndOfText: If the text is used up before `total_tokens` are handed out.
+            BrokenText: If it cannot be read on.
         """
         self._fill()
         self._side.join()
@@ -167,19 +168,15 @@ class MixedBatches:
         self.filled -= size
         self.handed_out += size
         if self.overlap:
-            with suppress(EndOfText):  # raised again when a batch that needs the text is asked for
+            with suppress(EndOfText, BrokenText):  # raised again where a batch needs the text
                 self._fill(ahead=True)
         return batch
 
-    def check_finite(self) -> None:
-        """Raise if an activation since the start was NaN or infinite."""
+    def not_finite(self) -> list[int]:
+        """The layers of which an activation since the start was NaN or infinite."""
         self._side.join()
-        if not bool(self.finite.all()):
-            layer = int(self.finite.logical_not().nonzero()[0])
-            raise InputError(
-                f"layer {layer} of {self.host.name} gave NaN or infinite activations; the last "
-                "checkpoint is kept. Try host.dtype=float32, and check the model's weights"
-            )
+        layers: list[int] = self.finite.logical_not().nonzero().flatten().tolist()
+        return layers
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that determines the batches to come: tensors, and a JSON-able rest."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,8 +24,9 @@ class Learner:
     """Trains one SAE by the recipe of its architecture: see :class:`Recipe`.
 
     A step: loss and gradients; the gradient clipped to norm `gradient_clip`; its component along
-    each decoder row removed; Adam; decoder rows brought back to unit norm. Nothing is read back
-    from the device until :meth:`metrics` is called.
+    each decoder row removed; Adam; decoder rows brought back to unit norm. A batch whose gradient
+    is not finite changes nothing and is counted. Nothing is read back from the device until
+    :meth:`metrics` is called, but for the first batch.
     """
 
     def __init__(
@@ -71,8 +73,9 @@ class Learner:
         self._cuts_seen: Int[Tensor, " member"] = torch.zeros(
             len(sae.layers), dtype=torch.long, device=device
         )
+        self._dropped: Int[Tensor, ""] = torch.zeros((), dtype=torch.long, device=device)
         self._sums: dict[str, Float[Tensor, ""]] = {}
-        self._steps_summed = 0
+        self._steps_summed: Int[Tensor, ""] = torch.zeros_like(self._dropped)
 
     def step(
         self, x: Float[Tensor, "token d_model"], members: Int[Tensor, " token"] | None = None
@@ -83,10 +86,8 @@ class Learner:
             members: Each token's position among the SAE's member layers.
         """
         recipe = self.recipe
-        if self.steps == 0 and self._fit_encoder:
-            self.sae.fit_encoder(x, members)
-        if self.steps == 0 and self._fit_thresholds:
-            self.sae.fit_thresholds(x, members)
+        if self.steps == 0:
+            self._fit(x, members)
         self.steps += 1
         for group in self._adam.param_groups:
             group["lr"] = group["height"] * recipe.rate_factor(self.steps)
@@ -102,17 +103,24 @@ class Learner:
         gradient_norm = self._kernel.update(
             self.sae, result.gradients, self._adam, gradient_clip=recipe.gradient_clip
         )
+        finite = gradient_norm.isfinite()  # else the weights have not moved
+        self._dropped += ~finite
         if result.cuts is not None:
-            self._move_threshold(result.cuts)
+            self._move_threshold(torch.where(finite, result.cuts, torch.inf))
         self._move_average()
         tokens = len(x)
         if self.config.layer_sampling == "all":  # a row for each member layer
             tokens //= len(self.sae.layers)
         self.tokens += tokens
-        self.silent_tokens += tokens
-        self.silent_tokens.masked_fill_(result.fired, 0)
-        self._sum(result, gradient_norm)
+        self.silent_tokens += tokens * finite
+        self.silent_tokens.masked_fill_(result.fired & finite, 0)
+        self._sum(result, gradient_norm, finite)
         return result
+
+    @property
+    def n_dropped(self) -> int:
+        """How many batches were not finite, and left out. Waits for the device."""
+        return int(self._dropped)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -123,11 +131,17 @@ class Learner:
             normalize_decoder(self.sae)
 
     def metrics(self) -> dict[str, float]:
-        """Means over the steps since the last call, and the share of dead latents now."""
-        means = {name: float(total) / self._steps_summed for name, total in self._sums.items()}
-        self._sums, self._steps_summed = {}, 0
+        """Means over the steps since the last call, what is dead now, and what was dropped so far.
+
+        Dropped batches are in no mean; where all were, it is NaN.
+        """
+        steps = int(self._steps_summed) or math.nan
+        means = {name: float(total) / steps for name, total in self._sums.items()}
+        self._sums = {}
+        self._steps_summed.zero_()
         rate = self._adam.param_groups[0]["lr"]
-        return {**means, "dead": float(self._dead().float().mean()), "lr": rate}
+        dead = float(self._dead().float().mean())
+        return {**means, "dead": dead, "lr": rate, "dropped": self.n_dropped}
 
     def state(self) -> dict[str, Tensor]:
         """Everything that determines the steps to come."""
@@ -143,7 +157,8 @@ class Learner:
             **state,
             "silent_tokens": self.silent_tokens,
             "cuts_seen": self._cuts_seen,
-            "steps_summed": torch.tensor(self._steps_summed),
+            "dropped": self._dropped,
+            "steps_summed": self._steps_summed,
             "tokens": torch.tensor(self.tokens),
             "steps": torch.tensor(self.steps),
         }
@@ -162,7 +177,8 @@ class Learner:
         self.silent_tokens.copy_(state["silent_tokens"])
         self._cuts_seen.copy_(state["cuts_seen"])
         self.tokens, self.steps = int(state["tokens"]), int(state["steps"])
-        self._steps_summed = int(state["steps_summed"])
+        self._dropped.copy_(state["dropped"])
+        self._steps_summed.copy_(state["steps_summed"])
         self._sums = {
             key.removeprefix("sums."): total.to(self.silent_tokens.device)
             for key, total in state.items()
@@ -192,7 +208,20 @@ class Learner:
             for name, average in self._average.items():
                 average.lerp_(self._parameters[name], max(1 - decay, 1 / self.steps))
 
-    def _sum(self, result: StepResult, gradient_norm: Tensor) -> None:
+    def _fit(
+        self, x: Float[Tensor, "token d_model"], members: Int[Tensor, " token"] | None
+    ) -> None:
+        """Fit what is to be fitted to the finite rows of the first batch."""
+        finite = x.isfinite().all(1)
+        x, members = x[finite], None if members is None else members[finite]
+        if self._fit_encoder and len(x):
+            self.sae.fit_encoder(x, members)
+        if self._fit_thresholds and len(x):
+            self.sae.fit_thresholds(x, members)
+
+    def _sum(
+        self, result: StepResult, gradient_norm: Float[Tensor, ""], finite: Bool[Tensor, ""]
+    ) -> None:
         values = {
             "loss": result.loss,
             "fvu": result.fvu,
@@ -202,5 +231,5 @@ class Learner:
             "gradient_norm": gradient_norm,
         }
         for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        self._steps_summed += 1
+            self._sums[name] = self._sums.get(name, 0.0) + torch.where(finite, value, 0.0)
+        self._steps_summed += finite

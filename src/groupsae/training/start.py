@@ -173,18 +173,23 @@ def open_start(config: Config, host: HostModel) -> Start | None:
 
 
 def text_read(contexts: ContextsAhead | CachedActivations) -> dict[str, Any]:
-    """What `training.json` says of the text that training has read: see :class:`Start`."""
+    """What `training.json` says of the text that training has read: see :class:`Start`.
+
+    And what was passed over up to there by `tokens.on_error`, by kind.
+    """
     place = contexts.state_dict()
     if isinstance(contexts, CachedActivations):
         return {
             "contexts_read": place["handed_out"],
             "text_place": contexts.manifest.stream,
             "cache_place": {**place, "shuffle": contexts.shuffle, "seed": contexts.seed},
+            "skipped_documents": contexts.skipped,
         }
     return {
         "contexts_read": place["tokens_seen"] // contexts.context_length,
         "text_place": place,
         "cache_place": None,
+        "skipped_documents": contexts.skipped,
     }
 
 

@@ -167,7 +167,7 @@ def update(
     :func:`groupsae.sae.kernels.update.update`.
 
     Returns:
-        The gradients' norm before it was clipped.
+        The gradients' norm before it was clipped. If that is not finite, nothing was moved.
     """
     if not fits(sae):
         return plain_update(sae, gradients, adam, gradient_clip=gradient_clip)
@@ -178,6 +178,8 @@ def update(
         if is_clipped(name)
     ]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    if not bool(norm.isfinite()):
+        return norm
     factor = min(gradient_clip / (float(norm) + 1e-6), 1.0)  # as torch.nn.utils.clip_grad_norm_
     for name, weights in sae.named_parameters():
         state = adam.state[weights]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from groupsae.sae.autoencoder import SAE
@@ -25,16 +25,18 @@ def update(
         gradient_clip: Largest norm of all gradients together.
 
     Returns:
-        The gradients' norm before it was clipped.
+        The gradients' norm before it was clipped. If that is not finite, nothing was moved.
     """
     for name, parameter in sae.named_parameters():
         parameter.grad = gradients[name]
     clipped = [parameter for name, parameter in sae.named_parameters() if is_clipped(name)]
     norm = torch.nn.utils.clip_grad_norm_(clipped, gradient_clip)
     remove_parallel_component(sae)
+    not_finite = norm.isfinite().logical_not()
+    adam.found_inf = not_finite.float()  # type: ignore[attr-defined]  # a fused Adam stays then
     adam.step()
     adam.zero_grad(set_to_none=True)  # of many SAEs one steps at a time: no other's are kept
-    normalize_decoder(sae)
+    normalize_decoder(sae, keep=not_finite)
     return norm
 
 
@@ -55,7 +57,8 @@ def remove_parallel_component(sae: SAE) -> None:
 
 
 @torch.no_grad()
-def normalize_decoder(sae: SAE) -> None:
-    """Bring every decoder row back to unit norm."""
+def normalize_decoder(sae: SAE, *, keep: Bool[Tensor, ""] | None = None) -> None:
+    """Bring every decoder row back to unit norm, unless `keep` holds, which stays on the device."""
     norms = torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True)
-    sae.W_dec.div_(norms.clamp_min_(torch.finfo(norms.dtype).tiny))
+    norms.clamp_min_(torch.finfo(norms.dtype).tiny)
+    sae.W_dec.div_(norms if keep is None else norms.masked_fill_(keep, 1.0))

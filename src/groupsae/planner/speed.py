@@ -1,0 +1,101 @@
+"""How long a step takes, from what a device is stated to do or from what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from groupsae.architectures import BY_COUNT
+from groupsae.planner.demand import Demand, Setting
+from groupsae.planner.devices import Device
+
+UTILISATION = 0.4  # of every peak: what training steps of this kind are commonly seen to reach
+_UPDATE = 120  # bytes per weight of one matrix: clipping, projection, Adam and norms in PyTorch
+_GATHERED = 24  # bytes per active latent and dimension: rows read, and read and written as sums
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of the parts of a step; None where they are not known.
+
+    Attributes:
+        source: Where they come from, in words.
+        forward_token: Of the host model, for each token of a forward.
+        step: Of one SAE's step, whatever the batch.
+        step_row: Of one SAE's step, for each row of its batch.
+        link: Bytes per second that a device sends or receives.
+    """
+
+    source: str
+    forward_token: float | None
+    step: float | None
+    step_row: float | None
+    link: float | None
+
+    @classmethod
+    def of_peaks(cls, setting: Setting, device: Device) -> Speed | None:
+        """From a device's stated peaks, of which it is taken to reach :data:`UTILISATION`.
+
+        The host model's products are counted at its precision's peak, the SAEs' at float32's; an
+        SAE's sparse parts and its update by the bytes that they move. AuxK is not counted.
+        None for a device without stated peaks.
+        """
+        if device.float32 is None or device.half is None or device.bandwidth is None:
+            return None
+        sae, host = setting.config.sae, setting.host
+        d_model, d_sae = host.d_model, sae.width(host.d_model)
+        active = sae.k if sae.architecture in BY_COUNT else sae.target_l0
+        if setting.config.training.kernel == "reference" or active is None:
+            flops, gathered = 10 * d_model * d_sae, 0.0
+        else:
+            flops, gathered = 2 * d_model * d_sae, _GATHERED * active * d_model
+        scores = 2 * 4 * d_sae  # written and read
+        peak = {8: None, 4: device.float32, 2: device.half}[host.number_bytes]
+        forward = setting.cost.forward_flops
+        return cls(
+            source=f"{device.name}'s stated peaks at {UTILISATION:.0%}: "
+            f"{device.float32 / 1e12:g} TFLOPS float32 (SAEs), {device.half / 1e12:g} 16-bit, "
+            f"{device.bandwidth / 1e12:g} TB/s",
+            forward_token=None if peak is None else forward / (UTILISATION * peak),
+            step=_UPDATE * d_model * d_sae / (UTILISATION * device.bandwidth),
+            step_row=flops / (UTILISATION * device.float32)
+            + (gathered + scores) / (UTILISATION * device.bandwidth),
+            link=_times(UTILISATION, device.link_of(setting.devices)),
+        )
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step on the busiest device, one part after another."""
+
+    host: float
+    saes: float
+    communication: float
+
+    @classmethod
+    def of(cls, setting: Setting, demand: Demand, speed: Speed) -> StepTime | None:
+        """None where a part of it cannot be told."""
+        training, mesh = setting.config.training, demand.mesh
+        share = mesh.share(training.batch_tokens)
+        sent = demand.received + demand.reduced
+        host = 0.0
+        if training.activation_cache is None:
+            if speed.forward_token is None:
+                return None
+            forwards = mesh.forwards_in_turn(share / setting.forward_tokens)
+            host = forwards * setting.forward_tokens * speed.forward_token
+        if speed.step is None or speed.step_row is None or (sent and speed.link is None):
+            return None
+        return cls(
+            host=host,
+            saes=demand.own_saes * speed.step + demand.own_rows * share * speed.step_row,
+            communication=sent / speed.link if speed.link is not None else 0.0,
+        )
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.host + self.saes + self.communication
+
+
+def _times(share: float, peak: float | None) -> float | None:
+    return None if peak is None else share * peak
