@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from contextlib import contextmanager
 from functools import cache, partial
@@ -227,10 +228,10 @@ def test_each_token_is_used_once_at_a_layer_or_at_all(
     )
     with reading(host, limit=limit) as result:
         handed_out = [batches.next() for _ in range(7)]
-    read, state = result(), batches.state()[0]
+    read, state = result(), batches.state().rows
     assert batches.excluded.kept == len(read[0])
     for name, sae in saes.items():
-        x, members = (state[f"{part}.{name}"].flatten(0, 1) for part in ("buffer", "members"))
+        x, members = (state[name][part].flatten(0, 1) for part in ("buffer", "members"))
         parts = [batch[name] for batch in handed_out] + [MixedBatch(x, members.long())]
         *counts, rest = [
             torch.bincount(p.members, minlength=len(sae.layers)).tolist() for p in parts
@@ -277,10 +278,10 @@ def test_a_small_buffer_that_a_norm_limit_unbalances_grows_and_stays_balanced(ho
             state = saved(batches)
     assert room < batches.buffer.shape[1] == batches.members.shape[1]
     again = make_batches(host, corpus, saes, norm_limit=limit, layer_sampling="balanced", **sizes)
-    again.load_state(*state)
+    again.load_state(state)
     given(again)
-    for name, tensor in saved(batches)[0].items():
-        assert torch.equal(saved(again)[0][name], tensor), name
+    for name, tensor in flat(saved(batches)).items():
+        assert torch.equal(flat(saved(again))[name], tensor), name
 
 
 def test_layers_are_drawn_in_proportion_to_their_weights(host, corpus):
@@ -344,12 +345,11 @@ def test_state_continues_with_the_same_batches(host, corpus, sampling):
     batches = make_batches(host, corpus, saes, layer_sampling=sampling)
     for _ in range(5):
         batches.next()
-    tensors, rest = batches.state()
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    state = saved(batches)
     expected = [batches.next() for _ in range(6)]
 
     continued = make_batches(host, corpus, saes, layer_sampling=sampling, seed=99)
-    continued.load_state(tensors, rest)
+    continued.load_state(state)
     for batch in expected:
         assert_same(([continued.next()], ""), ([batch], ""))
 
@@ -433,8 +433,13 @@ def assert_same(these, those):
 
 
 def saved(batches):
-    tensors, rest = batches.state()
-    return {name: tensor.clone() for name, tensor in tensors.items()}, rest
+    return copy.deepcopy(batches.state())
+
+
+def flat(state):
+    """All tensors of a state."""
+    rows = {f"{name}.{key}": t for name, own in state.rows.items() for key, t in own.items()}
+    return state.draws | rows
 
 
 # A forward fills several batches; several forwards fill one; the buffer is but one batch.
@@ -491,7 +496,7 @@ class TestOverlap:
         assert_same((first + given(batches, 4)[0], ""), (expected[0][:9], ""))
         continued = make(overlap=then, seed=99)
         given(continued, 2)  # it may be under way already
-        continued.load_state(*state)
+        continued.load_state(state)
         assert_same((first + given(continued)[0], ""), expected)
 
     def test_text_that_ends_is_missed_by_the_batch_that_needs_it_alone(self, make):
@@ -504,10 +509,9 @@ class TestOverlap:
         assert "is used up" in expected[1]
         assert len(expected[0]) > 1
         assert_same(given(overlapping), expected)
-        (tensors, rest), (expected_tensors, expected_rest) = saved(overlapping), saved(plain)
-        assert rest == expected_rest
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, expected_tensors[name])
+        assert saved(overlapping).rest == saved(plain).rest
+        for name, tensor in flat(saved(overlapping)).items():
+            assert torch.equal(tensor, flat(saved(plain))[name])
         with pytest.raises(EndOfText):
             overlapping.next()
 
@@ -534,8 +538,8 @@ def test_contexts_read_ahead_give_the_same_batches_and_states(host, corpus):
         for _ in range(2):
             assert_same(given(ahead, 5), given(plain, 5))
             state = saved(plain)
-            assert saved(ahead)[1] == state[1]
-            ahead.load_state(*state)
+            assert saved(ahead).rest == state.rest
+            ahead.load_state(state)
 
 
 def test_on_the_cpu_nothing_is_read_before_it_is_needed(host, corpus):
@@ -574,7 +578,7 @@ def test_on_cuda_overlap_changes_no_batch(corpus, sizes, limited, sampling):
                 state = saved(batches)
             del scratch
         assert batches.not_finite() == []
-        batches.load_state(*state)
+        batches.load_state(state)
         again = given(batches)[0]
         assert_same((again, ""), (rows[8:], ""))
         return rows, ""

@@ -108,6 +108,8 @@ def trained(host, corpus, tmp_path_factory):
 FILES = [
     "state.json",
     "batches.safetensors",
+    "batches.layers-00-01.safetensors",
+    "batches.baseline.layers-01.safetensors",
     "layers-00-01.safetensors",
     "baseline.layers-01.safetensors",
 ]
@@ -180,7 +182,7 @@ def test_a_disk_that_fills_up_costs_at_most_an_interval(host, corpus, tmp_path, 
 
     def full(tensors, path):
         saves.append(path)
-        if "step-000012" in str(path):
+        if ".step-000012" in str(path) and "baseline" in path.name:
             path.write_bytes(b"half a file")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save_file(tensors, path)
@@ -273,7 +275,7 @@ def test_a_few_broken_batches_are_dropped_and_counted(host, corpus, tmp_path, mo
     assert [learner.n_dropped for learner in learners.values()] == [3, 3]
     assert all(t.isfinite().all() for t in weights(learners).values())
     assert [r["dropped"] for r in records if r["sae"] == "layers-00-01"] == [2, 3, 3, 3, 3]
-    assert "layer 1 of GPTNeoXForCausalLM gave NaN or infinite activations: 3 batches" in caplog.text
+    assert "gave NaN or infinite activations: 3 batches of" in caplog.text
 
 
 def test_too_many_end_the_run_and_the_good_weights_are_kept(host, corpus, tmp_path, monkeypatch):

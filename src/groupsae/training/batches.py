@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -43,6 +44,25 @@ class NormLimit:
         wide = torch.promote_types(x.dtype, torch.float32)  # float16 ends at 65,504
         norm: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=wide)
         return norm > self.multiple * self.mean_norm[layer]
+
+
+@runtime_checkable
+class Exchange(Protocol):
+    """Brings the rows of forwards to the processes that learn from them.
+
+    Attributes:
+        rank, size: Of this process, and of all. The n-th of some forwards is the n-th process's.
+        own: The mixtures whose batches are handed out here.
+    """
+
+    rank: int
+    size: int
+    own: Sequence[str]
+
+    def rows(
+        self, computed: Mapping[str, Tensor], received: Sequence[Mapping[str, Tensor]]
+    ) -> None:
+        """Send this process's rows, fill those of each forward; called by all alike."""
 
 
 @runtime_checkable
@@ -103,8 +123,11 @@ class MixedBatches:
         layer_sampling: Which member layers a token is seen at.
         layer_weights: By layer, 1 where left out: "uniform" draws in proportion to them.
         seed: Of the layer draws and of the shuffling.
-        overlap: By default on CUDA alone: elsewhere there is nothing to overlap, and the forward
-            would hold its memory beside that of a batch.
+        overlap: By default on CUDA alone, and for one process: elsewhere there is nothing to
+            overlap, and the forward would hold its memory beside that of a batch.
+        exchange: Between processes that run the forwards in turn: only the batches of this one's
+            SAEs are handed out. They are those of one process, bit for bit. Not with a `norm_limit`
+            or "balanced", where what is drawn depends on the rows before.
     """
 
     def __init__(
@@ -123,20 +146,23 @@ class MixedBatches:
         layer_weights: Mapping[int, float] | None = None,
         seed: int = 0,
         overlap: bool | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         self.host, self.stream, self.mixtures = host, stream, dict(mixtures)
         self.total_tokens, self.batch_tokens = total_tokens, batch_tokens
         self.buffer_tokens, self.contexts = buffer_tokens, contexts
         self.special, self.norm_limit = tuple(special), norm_limit
         self.layer_sampling, self.layer_weights = layer_sampling, dict(layer_weights or {})
-        self.overlap = host.device.type == "cuda" if overlap is None else overlap
+        alone = host.device.type == "cuda" and exchange is None
+        self.overlap = alone if overlap is None else overlap
+        self.exchange = exchange
         self.excluded = Excluded()
         self.filled = 0
         self.handed_out = 0
         self._slots: dict[str, slice] = {}  # where each name's rows lie
         slots = 0
-        for name, mixture in self.mixtures.items():
-            first, slots = slots, slots + (len(mixture.layers) if layer_sampling == "all" else 1)
+        for name in self.mixtures if exchange is None else exchange.own:
+            first, slots = slots, slots + self._rows_per_token(name)
             self._slots[name] = slice(first, slots)
         rows = buffer_tokens + contexts * stream.context_length
         self.buffer = torch.zeros(slots, rows, host.d_model, device=host.device)
@@ -145,6 +171,8 @@ class MixedBatches:
         self._layer_draws = torch.Generator().manual_seed(2 * seed)
         self._row_draws = torch.Generator().manual_seed(2 * seed + 1)
         self._new: _NewRows | None = None
+        self._ahead: deque[tuple[_Forward, dict[str, Tensor]]] = deque()
+        self._place = self._current_place()
         self._side = SideStream(host.device, overlap=self.overlap)
         self._side.share(self.buffer, self.finite)
 
@@ -178,40 +206,49 @@ class MixedBatches:
         layers: list[int] = self.finite.logical_not().nonzero().flatten().tolist()
         return layers
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that determines the batches to come: tensors, and a JSON-able rest."""
+    @property
+    def held(self) -> list[str]:
+        """The mixtures whose batches are handed out here."""
+        return list(self._slots)
+
+    def state(self) -> State:
+        """Everything that determines the batches to come."""
         self._count_new_rows()
         self._side.join()
-        tensors = {
-            **{f"buffer.{name}": self.buffer[s, : self.filled] for name, s in self._slots.items()},
-            **{
-                f"members.{name}": self.members[s, : self.filled] for name, s in self._slots.items()
+        place = self._current_place() if self.exchange is None else self._place
+        return State(
+            draws={"layer_draws": place.layer_draws, "row_draws": self._row_draws.get_state()},
+            rows={
+                name: {
+                    "buffer": self.buffer[slots, : self.filled],
+                    "members": self.members[slots, : self.filled],
+                }
+                for name, slots in self._slots.items()
             },
-            "layer_draws": self._layer_draws.get_state(),
-            "row_draws": self._row_draws.get_state(),
-        }
-        rest = {
-            "stream": self.stream.state_dict(),
-            "handed_out": self.handed_out,
-            "excluded": vars(self.excluded).copy(),
-        }
-        return tensors, rest
+            rest={
+                "stream": place.stream,
+                "handed_out": self.handed_out,
+                "filled": self.filled,
+                "excluded": vars(self.excluded).copy(),
+            },
+        )
 
-    def load_state(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-        """Continue from what :meth:`state` gave."""
+    def load_state(self, state: State) -> None:
+        """Continue from what :meth:`state` gave, here or in processes that shared the work."""
         self._side.join()
         self._new = None
+        self._ahead.clear()
+        self.filled = state.rest["filled"]
+        self._make_room(self.filled)
         for name, slots in self._slots.items():
-            saved = tensors[f"buffer.{name}"]
-            self._make_room(saved.shape[1])
-            self.buffer[slots, : saved.shape[1]] = saved
-            self.members[slots, : saved.shape[1]] = tensors[f"members.{name}"]
-            self.filled = saved.shape[1]
-        self._layer_draws.set_state(tensors["layer_draws"])
-        self._row_draws.set_state(tensors["row_draws"])
-        self.stream.load_state_dict(rest["stream"])
-        self.handed_out = rest["handed_out"]
-        self.excluded = Excluded(**rest["excluded"])
+            self.buffer[slots, : self.filled] = state.rows[name]["buffer"]
+            self.members[slots, : self.filled] = state.rows[name]["members"]
+        self._layer_draws.set_state(state.draws["layer_draws"])
+        self._row_draws.set_state(state.draws["row_draws"])
+        self.stream.load_state_dict(state.rest["stream"])
+        self.handed_out = state.rest["handed_out"]
+        self.excluded = Excluded(**state.rest["excluded"])
+        self._place = self._current_place()
 
     def _fill(self, *, ahead: bool = False) -> None:
         """Read contexts until the buffer is full, or holds all the tokens that are still wanted.
@@ -230,10 +267,15 @@ class MixedBatches:
 
     def _wanted_contexts(self) -> int:
         """Contexts of the next forward; 0 if none is needed."""
-        wanted = self.total_tokens - self.handed_out - self.filled
-        if self.filled >= self.buffer_tokens or wanted <= 0:
-            wanted = self._short()
-        return min(self.contexts, -(-wanted // self.stream.context_length))
+        return self._contexts_for(self.filled, self.handed_out) or self._as_contexts(self._short())
+
+    def _contexts_for(self, filled: int, handed_out: int) -> int:
+        """Contexts of a forward where so many rows are held, and so many were handed out."""
+        wanted = self.total_tokens - handed_out - filled
+        return self._as_contexts(wanted if filled < self.buffer_tokens else 0)
+
+    def _as_contexts(self, rows: int) -> int:
+        return min(self.contexts, -(-max(rows, 0) // self.stream.context_length))
 
     def _short(self) -> int:
         """Rows that the buffer lacks, of the right members, for the next batch.
@@ -258,18 +300,88 @@ class MixedBatches:
 
     def _read_contexts(self, contexts: int) -> None:
         """Run the host model on further contexts; their tokens go to the buffer's free end."""
+        if self.exchange is None:
+            forward = self._next_forward(contexts)
+            too_long = self._run(forward, self._free_end(forward))
+        else:
+            if not self._ahead:
+                self._ahead.extend(self._exchanged(contexts, self.exchange))
+            forward, rows = self._ahead.popleft()
+            for name, target in self._free_end(forward).items():
+                target.copy_(rows[name])
+            too_long = torch.zeros(len(forward.kept), dtype=torch.bool, device=self.host.device)
+            self._place = forward.place
+        for name, slots in self._slots.items():
+            end = self.filled + len(forward.kept)
+            self.members[slots, self.filled : end] = forward.members[name].to(torch.int16)
+        self._new = _NewRows(forward.input_ids.numel(), too_long)
+
+    def _exchanged(
+        self, contexts: int, exchange: Exchange
+    ) -> list[tuple[_Forward, dict[str, Tensor]]]:
+        """The next forwards, one of each process, with the rows of this one's SAEs."""
+        forwards = self._next_forwards(contexts, exchange.size)
+        own = forwards[exchange.rank] if exchange.rank < len(forwards) else None
+        computed: dict[str, Tensor] = {}
+        if own is not None:
+            computed = {name: self._empty(name, own) for name in self.mixtures}
+            self._run(own, computed)
+        received = [{name: self._empty(name, each) for name in self._slots} for each in forwards]
+        exchange.rows(computed, received)
+        return list(zip(forwards, received, strict=True))
+
+    def _next_forwards(self, contexts: int, most: int) -> list[_Forward]:
+        """The next forwards that one process would run, whatever batches it took between them."""
+        forwards: list[_Forward] = []
+        filled, handed_out = self.filled, self.handed_out
+        while contexts and len(forwards) < most:
+            try:
+                forwards.append(self._next_forward(contexts))
+            except (EndOfText, BrokenText):
+                if forwards:  # raised again where a batch needs the text
+                    break
+                raise
+            filled += len(forwards[-1].kept)
+            while not (contexts := self._contexts_for(filled, handed_out)) and filled:
+                size = min(self.batch_tokens, filled)
+                filled, handed_out = filled - size, handed_out + size
+        return forwards
+
+    def _next_forward(self, contexts: int) -> _Forward:
+        """The next contexts, and at which layers each mixture sees their tokens."""
         input_ids = self.stream.next_contexts(contexts)
         kept = (~special_mask(input_ids, self.special)).flatten().nonzero().squeeze(1)
+        members = {name: self._sample(name, len(kept)) for name in self.mixtures}
+        return _Forward(input_ids, kept, members, self._current_place())
+
+    def _free_end(self, forward: _Forward) -> dict[str, Tensor]:
+        """Where a forward's rows go in the buffer."""
+        end = self.filled + len(forward.kept)
+        return {name: self.buffer[slots, self.filled : end] for name, slots in self._slots.items()}
+
+    def _empty(self, name: str, forward: _Forward) -> Float[Tensor, "slot row d_model"]:
+        shape = self._rows_per_token(name), len(forward.kept), self.host.d_model
+        return torch.empty(shape, device=self.host.device)
+
+    def _rows_per_token(self, name: str) -> int:
+        return len(self.mixtures[name].layers) if self.layer_sampling == "all" else 1
+
+    def _current_place(self) -> _Place:
+        return _Place(self.stream.state_dict(), self._layer_draws.get_state())
+
+    def _run(self, forward: _Forward, targets: Mapping[str, Tensor]) -> Bool[Tensor, " row"]:
+        """Run the host model and write the rows of each target; returns which are too long."""
+        kept = forward.kept
         too_long = torch.zeros(len(kept), dtype=torch.bool, device=self.host.device)
         layers = (layer for mixture in self.mixtures.values() for layer in mixture.layers)
         writers: dict[int, list[Callable[[Tensor], None]]] = {layer: [] for layer in layers}
-        for name, mixture in self.mixtures.items():
-            for slot, members in enumerate(self._sample(name, len(kept)), self._slots[name].start):
-                self.members[slot, self.filled : self.filled + len(kept)] = members
+        for name, target in targets.items():
+            mixture = self.mixtures[name]
+            for rows, members in zip(target, forward.members[name], strict=True):
                 for member, layer in enumerate(mixture.layers):
                     tokens = (members == member).nonzero().squeeze(1)
                     if len(tokens):
-                        write = partial(self._write, slot, mixture, layer, kept[tokens], tokens)
+                        write = partial(self._write, rows, mixture, layer, kept[tokens], tokens)
                         writers[layer].append(write)
         positions = self._moved(kept)
 
@@ -282,8 +394,8 @@ class MixedBatches:
                 write(x)
 
         visitors = {layer: partial(visit, layer) for layer in writers}
-        self.host.visit(self._pinned(input_ids), visitors)
-        self._new = _NewRows(input_ids.numel(), too_long)
+        self.host.visit(self._pinned(forward.input_ids), visitors)
+        return too_long
 
     def _sample(self, name: str, tokens: int) -> Int[Tensor, "slot token"]:
         """The members that new tokens are seen at."""
@@ -318,12 +430,11 @@ class MixedBatches:
         return turns(self.handed_out, size, len(self.mixtures[name].layers))
 
     def _write(
-        self, slot: int, mixture: Mixture, layer: int, positions: Tensor, rows: Tensor, x: Tensor
+        self, rows: Tensor, mixture: Mixture, layer: int, positions: Tensor, at: Tensor, x: Tensor
     ) -> None:
-        """Copy the tokens that drew `layer` from a forward's x into the free end of the buffer."""
+        """Copy the tokens that drew `layer` from a forward's x to their places in `rows`."""
         chosen = x.index_select(0, self._moved(positions))
-        rows = self._moved(rows + self.filled)
-        self.buffer[slot].index_copy_(0, rows, mixture.normalize(chosen, layer))
+        rows.index_copy_(0, self._moved(at), mixture.normalize(chosen, layer))
 
     def _count_new_rows(self) -> None:
         """Add the rows of the last forward, but for those that are too long, to the filled ones."""
@@ -384,6 +495,42 @@ class _Taking(NamedTuple):
     taken: Int[Tensor, " taken"]
     gaps: Int[Tensor, " gap"]
     movers: Int[Tensor, " gap"]
+
+
+class State(NamedTuple):
+    """What determines the batches to come.
+
+    Attributes:
+        draws: Of layers and rows.
+        rows: Of each mixture that is held here, its part of the buffer.
+        rest: Fit for JSON.
+    """
+
+    draws: dict[str, Tensor]
+    rows: dict[str, dict[str, Tensor]]
+    rest: dict[str, Any]
+
+
+class _Place(NamedTuple):
+    """Behind a forward: in the text, and in the draws of layers."""
+
+    stream: dict[str, Any]
+    layer_draws: Tensor
+
+
+class _Forward(NamedTuple):
+    """One of the host model's forwards: its contexts and what becomes of their tokens.
+
+    Attributes:
+        kept: The tokens, of all of its contexts, that are no special ones.
+        members: For each mixture, and each of its rows of a token, which member it is of.
+        place: Behind it.
+    """
+
+    input_ids: Int[Tensor, "n context"]
+    kept: Int[Tensor, " kept"]
+    members: dict[str, Tensor]
+    place: _Place
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """Checkpoints: written aside while training goes on, checked, renamed; an older one always exists.
 
-`step-000500/` holds `state.json` and one safetensors file for the batches and for each SAE, whose
-checksums stand in `state.json`.
+`step-000500/` holds `state.json` and safetensors files: one for the draws of batches, one for each
+part of the shuffle buffer, one for each SAE. Their checksums stand in `state.json`. Of several
+processes each writes what it has, and the first puts the whole in place: any number of processes
+can go on from it.
 """
 
 from __future__ import annotations
@@ -16,14 +18,16 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from groupsae.files import replacing
-from groupsae.training.batches import MixedBatches
+from groupsae.errors import InputError
+from groupsae.files import writing
+from groupsae.training.batches import MixedBatches, State
 from groupsae.training.learner import Learner
+from groupsae.training.team import Team
 
 log = logging.getLogger(__name__)
 
@@ -43,16 +47,26 @@ class Checkpoints:
         kept: How many of the newest stay.
         in_background: Copy what is to be written, and write it while training goes on. Else
             training waits for the disk, and no copy is held.
+        team: The processes that train together. All call the same methods in the same order.
+        writes: Whether this process writes the state of its SAEs: of those that share some, one
+            does.
     """
 
     def __init__(
-        self, directory: Path, config: str, kept: int = 2, *, in_background: bool = True
+        self,
+        directory: Path,
+        config: str,
+        kept: int = 2,
+        *,
+        in_background: bool = True,
+        team: Team | None = None,
+        writes: bool = True,
     ) -> None:
         self.directory, self.config, self.kept = directory, config, kept
-        self.in_background = in_background
+        self.in_background, self.team, self.writes = in_background, team or Team(), writes
         self.seconds_waited = 0.0
         self._writer = ThreadPoolExecutor(1, "checkpoints")
-        self._pending: Future[None] | None = None
+        self._pending: _Pending | None = None
 
     def save(
         self,
@@ -70,26 +84,34 @@ class Checkpoints:
         """
         began = time.monotonic()
         self._settle()
-        tensors, of_batches = batches.state()
-        parts = {_BATCHES: tensors} | {sae: own.state() for sae, own in learners.items()}
+        of_batches = batches.state()
+        parts = {_BATCHES: of_batches.draws} if self.team.first else {}
+        if self.writes:
+            parts |= {_rows_of(name): rows for name, rows in of_batches.rows.items()}
+            parts |= {sae: own.state() for sae, own in learners.items()}
         state = {
             "step": step,
             "config": self.config,
             "seconds": seconds,
-            "batches": of_batches,
+            "batches": of_batches.rest,
         }
         copied = {
             name: {key: _on_cpu(tensor, copy=self.in_background) for key, tensor in part.items()}
             for name, part in parts.items()
         }
-        self._pending = self._writer.submit(self._write, step, state, copied)
+        self._begin(step)
+        aside = self._aside(step)
+        self._pending = _Pending(step, state, self._writer.submit(_write, aside, copied))
         if not self.in_background:
             self._settle()
         self.seconds_waited += time.monotonic() - began
 
     def check(self) -> None:
-        """Raise what went wrong in the background, if anything has."""
-        if self._pending is not None and self._pending.done():
+        """Put in place what is written by now; errors as in :meth:`save`.
+
+        Of several processes all wait for the slowest, and are to ask less often.
+        """
+        if self._pending is not None and (self.team.size > 1 or self._pending.written.done()):
             self._settle()
 
     def close(self) -> None:
@@ -103,47 +125,82 @@ class Checkpoints:
 
         Those of another config are removed: whoever calls this has decided to train anew.
         """
-        for half in self.directory.glob(".step-*.tmp"):
-            shutil.rmtree(half)
-        for directory in self._newest_first():
-            state = _read_state(directory)
-            if state is not None and state["config"] != self.config:
-                shutil.rmtree(directory)
-        for directory in self._newest_first():
-            state = self._valid(directory)
-            if state is not None:
-                batches.load_state(load_file(directory / _file(_BATCHES)), state["batches"])
-                for sae, learner in learners.items():
-                    learner.load_state(load_file(directory / _file(sae)))
-                return state["step"], state["seconds"]
-        return 0, 0.0
+        if self.team.first:
+            for half in self.directory.glob(".step-*.tmp"):
+                shutil.rmtree(half)
+            for directory in self._newest_first():
+                state = _read_state(directory)
+                if state is not None and state["config"] != self.config:
+                    shutil.rmtree(directory)
+        step = self.step()
+        if not step:
+            return 0, 0.0
+        directory = self._final(step)
+        state = _read_state(directory)
+        assert state is not None  # which `step` has just read
+        rows = {name: load_file(directory / _file(_rows_of(name))) for name in batches.held}
+        draws = load_file(directory / _file(_BATCHES))
+        batches.load_state(State(draws, rows, state["batches"]))
+        for sae, learner in learners.items():
+            learner.load_state(load_file(directory / _file(sae)))
+        return step, state["seconds"]
 
     def step(self) -> int:
         """The step of the newest valid checkpoint, 0 if there is none."""
-        states = map(self._valid, self._newest_first())
-        return next((int(state["step"]) for state in states if state is not None), 0)
+        found = 0
+        if self.team.first:
+            states = map(self._valid, self._newest_first())
+            found = next((int(state["step"]) for state in states if state is not None), 0)
+        return int(self.team.share(found))
+
+    def _begin(self, step: int) -> None:
+        """Make the folder that all processes write to."""
+        if self.team.first:
+            with writing(self._final(step)):
+                self.directory.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(self._aside(step), ignore_errors=True)
+                self._aside(step).mkdir()
+        self.team.wait()
 
     def _settle(self) -> None:
+        """Wait until all processes have written their parts, and put the whole in place."""
         pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        if pending is None:
+            return
+        final, aside = self._final(pending.step), self._aside(pending.step)
+        try:
+            with writing(final):
+                sums, error = pending.written.result(), None
+        except InputError as raised:
+            sums, error = {}, str(raised)
+        found = self.team.gather([sums, error])
+        failed = [message for _, message in found if message is not None]
+        if self.team.first:
+            if failed:
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                whole = {name: value for own, _ in found for name, value in own.items()}
+                self._put_in_place(final, aside, {**pending.state, "sha256": whole})
+        self.team.wait()
+        if failed:
+            raise InputError(failed[0])
 
-    def _write(
-        self, step: int, state: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]]
-    ) -> None:
-        with replacing(self.directory / f"step-{step:06d}") as aside:
-            aside.mkdir()
-            sums = {}
-            for name, tensors in parts.items():
-                path = aside / _file(name)
-                save_file(dict(tensors), path)
-                sums[path.name] = _flushed(path)
-            (aside / _STATE).write_text(json.dumps({**state, "sha256": sums}, indent=2))
+    def _put_in_place(self, final: Path, aside: Path, state: Mapping[str, Any]) -> None:
+        with writing(final):
+            (aside / _STATE).write_text(json.dumps(state, indent=2))
             _flushed(aside / _STATE)
             _flush(aside)
-        _flush(self.directory)
-        for old in self._newest_first()[self.kept :]:
-            shutil.rmtree(old)
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
+            aside.replace(final)
+            _flush(self.directory)
+            for old in self._newest_first()[self.kept :]:
+                shutil.rmtree(old)
+
+    def _final(self, step: int) -> Path:
+        return self.directory / f"step-{step:06d}"
+
+    def _aside(self, step: int) -> Path:
+        return self.directory / f".step-{step:06d}.tmp"
 
     def _valid(self, directory: Path) -> dict[str, Any] | None:
         """The state of a whole checkpoint of this config; what is damaged is named."""
@@ -162,6 +219,33 @@ class Checkpoints:
 
     def _newest_first(self) -> list[Path]:
         return sorted(self.directory.glob("step-*"), key=lambda path: path.name, reverse=True)
+
+
+class _Pending(NamedTuple):
+    """A checkpoint that is being written, but for its `state.json`.
+
+    Attributes:
+        written: The checksums of this process's files.
+    """
+
+    step: int
+    state: dict[str, Any]
+    written: Future[dict[str, str]]
+
+
+def _write(aside: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
+    """Write a file for each part; returns their checksums."""
+    sums = {}
+    for name, tensors in parts.items():
+        path = aside / _file(name)
+        save_file(dict(tensors), path)
+        sums[path.name] = _flushed(path)
+    return sums
+
+
+def _rows_of(name: str) -> str:
+    """What the part of the buffer that a mixture has is called."""
+    return f"{_BATCHES}.{name}"
 
 
 def _file(name: str) -> str:
