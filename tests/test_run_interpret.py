@@ -138,6 +138,32 @@ def test_sheets_and_their_scores_by_the_command_line(copy, groupsae, tmp_path):
     assert str(file) in err
 
 
+def test_an_sae_of_two_partitions_shows_what_it_captures_once(copy, groupsae, tmp_path):
+    rows = [
+        {"source": source, "partition": partition, "groups_total": G, "layer": 2, "latent": latent}
+        | {"attribute": "noun", "auroc": 0.75}
+        for source, partition, G, latent in (
+            ("trained", "groups", 2, 7),
+            ("trained", "baseline", 3, 7),  # layers-02 too
+            ("untrained", "groups", 2, 8),
+            ("probe", None, None, None),
+        )
+    ]
+    (copy / "interpretation" / "ground_truth.json").write_text(json.dumps({"rows": rows}))
+    assert groupsae("annotate", copy, "--latents", "1")[0] == 0
+    key = json.loads((copy / "interpretation" / "annotation" / "key.json").read_text())
+    marks = {item: {"mark": "not"} for item in key["items"]}
+    file = tmp_path / "a.json"
+    file.write_text(
+        json.dumps({"format": 1, "sheet": key["sheet"], "annotator": "A", "marks": marks})
+    )
+    assert groupsae("annotate", copy, "--score", file)[0] == 0
+    captured = [row for row in data(copy, "scores.js") if "attribute" in row]
+    assert captured == [
+        {"sae": "layers-02", "layer": 2, "latent": 7, "attribute": "noun", "auroc": 0.75}
+    ]
+
+
 def test_explanations_by_the_command_line(copy, groupsae):
     keys = ("explanation.latents=3", "explanation.examples=5", "explanation.model=m")
     with serving(knows) as server:

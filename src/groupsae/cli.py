@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from groupsae.grouping.prediction import Prediction
     from groupsae.grouping.table import PartitionTable
     from groupsae.planner.plan import Plan
+    from groupsae.training.team import Team
 
 app = typer.Typer(
     help="Train one sparse autoencoder per group of similar layers of a language model.",
@@ -66,14 +70,16 @@ Redo = Annotated[
 
 @app.command("run", epilog=_KEYS)
 def run_all(inputs: Inputs = None, out_directory: Out = None, redo: Redo = False) -> None:
-    """Do everything: measure, group, train, evaluate, report."""
-    run = _open(inputs, out_directory, redo)
-    run.check()
-    run.distances()
-    _show_groups(run.groups())
-    run.train()
-    _show_evaluation(run.evaluate())
-    out.print(f"Report: {run.report()}", soft_wrap=True, markup=False)
+    """Do everything: measure, group, train, evaluate, report. Trains on what torchrun starts."""
+    with _together(inputs, out_directory, redo) as (run, first):
+        if first:
+            run.check()
+            run.distances()
+            _show_groups(run.groups())
+        run.train()
+        if first:
+            _show_evaluation(run.evaluate())
+            out.print(f"Report: {run.report()}", soft_wrap=True, markup=False)
 
 
 @app.command(epilog=_KEYS)
@@ -120,9 +126,10 @@ def groups(
 @app.command(epilog=_KEYS)
 def train(inputs: Inputs = None, out_directory: Out = None, redo: Redo = False) -> None:
     """Train one SAE per group, and one per layer to compare with, from one shared forward."""
-    run = _open(inputs, out_directory, redo)
-    run.train()
-    out.print(f"SAEs: {run.directory / 'saes'}", soft_wrap=True, markup=False)
+    with _together(inputs, out_directory, redo) as (run, first):
+        run.train()
+        if first:
+            out.print(f"SAEs: {run.directory / 'saes'}", soft_wrap=True, markup=False)
 
 
 @app.command(epilog=_KEYS)
@@ -420,12 +427,38 @@ def _layers(text: str) -> list[int]:
     return found
 
 
-def _open(inputs: list[str] | None, out_directory: Path | None, redo: bool) -> Run:
+@contextmanager
+def _together(
+    inputs: list[str] | None, out_directory: Path | None, redo: bool
+) -> Iterator[tuple[Run, bool]]:
+    """The run, opened by all processes that torchrun started; and whether this is the first."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield _open(inputs, out_directory, redo), True
+        return
+    from groupsae.training.team import team
+
+    with team() as processes:
+        logging.getLogger("groupsae").setLevel(
+            logging.INFO if processes.first else logging.ERROR  # the first one speaks for all
+        )
+        run = _open(inputs, out_directory, redo, processes) if processes.first else None
+        processes.wait()
+        yield run or _open(inputs, out_directory, redo, processes), processes.first
+
+
+def _open(
+    inputs: list[str] | None, out_directory: Path | None, redo: bool, team: Team | None = None
+) -> Run:
+    if team is None and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: only `groupsae run` and `groupsae train` work "
+            "in several processes; start this one without torchrun"
+        )
     config, directory = _config(inputs)
     if directory is not None and out_directory is not None:
         raise InputError(f"give either the run directory {directory} or --out, not both")
     host = re.sub(r"[^\w.-]+", "-", Path(config.host.name).name).strip("-.") or "host"
-    return Run(directory or out_directory or Path("runs") / host, config, redo=redo)
+    return Run(directory or out_directory or Path("runs") / host, config, redo=redo, team=team)
 
 
 def _group_file(config: Config, path: Path, directory: Path | None, redo: bool) -> PartitionTable:

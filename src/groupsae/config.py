@@ -361,6 +361,11 @@ class TrainingConfig(_Section):
         description="batches of an SAE that are left out because activations or gradients are NaN "
         "or infinite; with more of them training stops",
     )
+    data_ranks: Count | None = Field(
+        None,
+        description="of several processes (torchrun), how many share each SAE, every one learning "
+        "from its share of the batch (topk alone); by default as many as leave none without one",
+    )
     layer_sampling: LayerSampling = Field(
         "uniform",
         description="which member layers a group sees of a token: one, drawn (paper); one, with "

@@ -66,6 +66,7 @@ _IRRELEVANT = (
     "training.checkpoints_kept",
     "training.checkpoint_in_background",
     "training.max_dropped_batches",
+    "training.data_ranks",
     "training.tracker",
     "circuits.batch_tokens",
 )
@@ -80,14 +81,22 @@ class RunDirectory:
         path: Made where it is missing.
         config: By default the directory's own, or the defaults in a new one.
         redo: Where the directory holds stages of another config: take them as not done.
+        read_only: Note no provenance: another process does.
 
     Raises:
         InputError: If the directory holds something else, or stages of another config and not
             `redo`.
     """
 
-    def __init__(self, path: Path, config: Config | None = None, *, redo: bool = False) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        config: Config | None = None,
+        *,
+        redo: bool = False,
+        read_only: bool = False,
+    ) -> None:
+        self.path, self._read_only = path, read_only
         stored = stored_config(path)
         self.config = config or stored or Config()
         self._start = self._identify_start(stored)
@@ -164,7 +173,7 @@ class RunDirectory:
         else:
             known["init_from"] = self._start
         resolved = self.config.model_copy(update={"provenance": known})
-        if resolved != stored:  # a finished run may lie where nothing can be written
+        if resolved != stored and not self._read_only:  # one that is finished may be unwritable
             write_text(self.path / "config.yaml", resolved.dump())
 
     def _refuse_other_config(self, stored: Config) -> None:

@@ -286,12 +286,13 @@ class Interpretation:
             rows.append(_place(row) | scores)
         by_subject = {(own.partition, own.groups_total): own.saes for own in self.shown}
         truth = self.folder / "ground_truth.json"
+        captured = {}  # an SAE that two partitions share has its rows once
         for row in read_json(truth, rows=list)["rows"] if truth.exists() else ():
             if _is_of_trained(row):
                 sae = by_subject[row["partition"], row["groups_total"]][row["layer"]]
                 known = {key: row[key] for key in ("attribute", "auroc")}
-                rows.append({**_place({**row, "sae": sae}), **known})
-        write_scores(self.folder / "browser", rows)
+                captured[sae, row["layer"], row["attribute"]] = _place({**row, "sae": sae}) | known
+        write_scores(self.folder / "browser", [*rows, *captured.values()])
 
     def _scored(self, kind: str) -> list[dict[str, Any]]:
         """The latents of a `scores.json`, if it is of this interpretation."""

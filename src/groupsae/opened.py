@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from groupsae.interop import Metadata
     from groupsae.sae import SAE
     from groupsae.sae.layer import LayerSAE
+    from groupsae.training.team import Team
 
 
 class OpenRun:
@@ -38,10 +39,12 @@ class OpenRun:
         *,
         redo: bool = False,
         host: HostModel | None = None,
+        team: Team | None = None,
     ) -> None:
         self.directory = local_directory(directory)
-        self._host = host
-        self.stages = RunDirectory(self.directory, config, redo=redo)
+        self._host, self._team = host, team
+        others = team is not None and not team.first
+        self.stages = RunDirectory(self.directory, config, redo=redo, read_only=others)
         self.config = self.stages.config
 
     def partitions(self) -> list[Partition]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -69,6 +70,14 @@ class _Lines(Progress):
         )
 
 
+class _Silent(Progress):
+    """For all but the first of several processes."""
+
+    def _show(self) -> None: ...
+
+    def _close(self) -> None: ...
+
+
 class _Bar(Progress):
     """For a terminal."""
 
@@ -104,7 +113,9 @@ class _Bar(Progress):
 @contextmanager
 def progress(description: str, total: int, unit: str = "tokens") -> Iterator[Progress]:
     """Show how far `description` is, on standard error, until the block ends."""
-    shown = _Bar if sys.stderr.isatty() else _Lines
+    shown: type[Progress] = _Bar if sys.stderr.isatty() else _Lines
+    if os.environ.get("RANK", "0") != "0":  # of processes that torchrun started one speaks
+        shown = _Silent
     bar = shown(description, total, unit)
     try:
         yield bar

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from groupsae.sweep import Member
     from groupsae.training.activation_cache import CachedActivations
     from groupsae.training.start import Start
+    from groupsae.training.team import Team
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ class Run(OpenRun):
         config: By default the directory's own, or the defaults in a new one.
         redo: Where the directory holds stages of another config: repeat these, and what follows.
         host: The model that `config.host` names, where it is in memory already.
+        team: The processes that train together: see :func:`groupsae.training.team.team`. All of
+            them open the run and call :meth:`train`; the other stages are the first one's.
 
     Raises:
         InputError: If the directory holds something else, or stages of another config and not
@@ -111,28 +114,18 @@ class Run(OpenRun):
 
     def train(self) -> dict[str, SAE]:
         """Train one SAE per group and, if asked, one per layer, from one shared forward."""
-        path = self.directory / "training.json"
-        with self.stages.stage("train", path) as todo:
-            if todo:
-                from groupsae.training.session import train_saes
+        from groupsae.training.team import Team
 
-                partitions = self.partitions()
-                layers = partitions[0].layers
-                cached = self._cached(layers)
-                self._note_precision(layers)
-                summary = train_saes(
-                    self.host,
-                    self.corpus.train(),
-                    self._moments(layers),
-                    list(dict.fromkeys(group for each in partitions for group in each.groups)),
-                    self.config,
-                    directory=self.directory,
-                    key=self.stages.key("train"),
-                    special=self.special,
-                    cached=cached,
-                )
-                write_json(path, summary)
-        shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)  # no more of use
+        path, team = self.directory / "training.json", self._team or Team()
+        if team.first:
+            with self.stages.stage("train", path) as todo:
+                if team.share(todo):
+                    write_json(path, self._train(team))
+        elif team.share(None):
+            self._train(team)
+        team.wait()
+        if team.first:
+            shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)  # no more of use
         return self.saes()
 
     def cache(self, tokens: int | None = None) -> Path:
@@ -530,6 +523,28 @@ class Run(OpenRun):
 
         return push(
             self.directory, repository, private=private, license=license, host_name=host_name
+        )
+
+    def _train(self, team: Team) -> dict[str, Any]:
+        """Train, and save the SAEs; returns the content of `training.json`."""
+        from groupsae.training.session import train_saes
+
+        partitions = self.partitions()
+        layers = partitions[0].layers
+        cached = self._cached(layers)
+        if team.first:
+            self._note_precision(layers)
+        return train_saes(
+            self.host,
+            self.corpus.train(),
+            self._moments(layers),
+            list(dict.fromkeys(group for each in partitions for group in each.groups)),
+            self.config,
+            directory=self.directory,
+            key=self.stages.key("train"),
+            special=self.special,
+            cached=cached,
+            team=team,
         )
 
     @cached_property

@@ -19,6 +19,7 @@ from groupsae.host.faults import BrokenText
 from groupsae.host.model import HostModel
 from groupsae.host.tokens import EndOfText, TokenStream, special_mask
 from groupsae.training.activation_cache import CachedActivations
+from groupsae.training.exchange import SharedContexts
 from groupsae.training.layer_sampling import deal, draw, first_of_each, turns
 from groupsae.training.side_stream import SideStream
 
@@ -77,6 +78,24 @@ class Mixture(Protocol):
         """Activations of a member layer as the SAE is given them."""
 
 
+@dataclass(frozen=True)
+class Affine:
+    """How an SAE is given the activations of its member layers: s_l (x - m_l)."""
+
+    layers: Sequence[int]
+    mean: Float[Tensor, "layer d_model"]
+    scale: Float[Tensor, " layer"]
+
+    def normalize(self, x: Float[Tensor, "token d_model"], layer: int) -> Tensor:
+        """As :meth:`groupsae.sae.SAE.normalize`, in the dtype of the mean."""
+        member = self.layers.index(layer)
+        return (x.to(self.mean.dtype) - self.mean[member]) * self.scale[member]
+
+    def to(self, device: torch.device) -> Affine:
+        """The same on another device."""
+        return Affine(self.layers, self.mean.to(device), self.scale.to(device))
+
+
 class MixedBatch(NamedTuple):
     """Rows for one step of an SAE.
 
@@ -133,7 +152,7 @@ class MixedBatches:
     def __init__(
         self,
         host: HostModel | CachedActivations,
-        stream: TokenStream | ContextsAhead | CachedActivations,
+        stream: TokenStream | ContextsAhead | SharedContexts | CachedActivations,
         mixtures: Mapping[str, Mixture],
         *,
         total_tokens: int,
@@ -324,7 +343,8 @@ class MixedBatches:
         own = forwards[exchange.rank] if exchange.rank < len(forwards) else None
         computed: dict[str, Tensor] = {}
         if own is not None:
-            computed = {name: self._empty(name, own) for name in self.mixtures}
+            all_or_own = self.mixtures if exchange.size > 1 else self._slots
+            computed = {name: self._empty(name, own) for name in all_or_own}
             self._run(own, computed)
         received = [{name: self._empty(name, each) for name in self._slots} for each in forwards]
         exchange.rows(computed, received)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from groupsae.config import TrainingConfig
 from groupsae.sae import SAE
-from groupsae.sae.kernels import StepResult, choose
+from groupsae.sae.kernels import Step, StepResult, choose
 from groupsae.sae.kernels.update import normalize_decoder
 from groupsae.training.recipe import Recipe
 
@@ -36,17 +36,20 @@ class Learner:
         *,
         fit_encoder: bool = False,
         fit_thresholds: bool = False,
+        shared: Callable[[Step], Step] | None = None,
     ) -> None:
         """Prepare to train `sae`.
 
         Args:
             fit_encoder, fit_thresholds: Begin by fitting them to the first batch: see
                 :meth:`SAE.fit_encoder`, :meth:`SAE.fit_thresholds`.
+            shared: Makes of the kernel's step one that several processes take together.
         """
         self.sae, self.config = sae, config
         self._fit_encoder, self._fit_thresholds = fit_encoder, fit_thresholds
         self.recipe = Recipe.of(config, sae.config)
         self._kernel = choose(config.kernel, sae.W_enc.device)
+        self._step = self._kernel.step if shared is None else shared(self._kernel.step)
         self._parameters = dict(sae.named_parameters())
         recipe = self.recipe
         thresholds = [p for name, p in self._parameters.items() if name == "log_threshold"]
@@ -92,7 +95,7 @@ class Learner:
         for group in self._adam.param_groups:
             group["lr"] = group["height"] * recipe.rate_factor(self.steps)
         can_be_dead = self.tokens >= self.config.dead_after_tokens and recipe.auxk_weight
-        result = self._kernel.step(
+        result = self._step(
             self.sae,
             x,
             members=members,

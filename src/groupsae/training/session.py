@@ -6,8 +6,10 @@ import logging
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +18,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from groupsae.allocator import keep_freed_memory
-from groupsae.config import Config
+from groupsae.config import Config, TrainingConfig
 from groupsae.errors import InputError
 from groupsae.grouping.distance import Moments
 from groupsae.host.ahead import ContextsAhead
 from groupsae.host.model import HostModel
 from groupsae.host.tokens import TokenStream
 from groupsae.sae import SAE, SAEConfig, directory_name
+from groupsae.sae.kernels import Step
 from groupsae.training.activation_cache import CachedActivations
-from groupsae.training.batches import MixedBatches, NormLimit
+from groupsae.training.batches import Affine, MixedBatches, NormLimit
 from groupsae.training.checkpoint import Checkpoints
+from groupsae.training.exchange import RowExchange, SharedContexts, SharedStep
 from groupsae.training.learner import Learner
 from groupsae.training.memory import MemoryAccount, host_bytes
+from groupsae.training.mesh import Mesh
 from groupsae.training.start import Start, open_start, text_read
+from groupsae.training.team import Team
 from groupsae.training.trackers import open_tracker
 from groupsae.training.trainer import Record, train
 
@@ -65,6 +71,7 @@ def train_saes(
     key: str,
     special: Iterable[int] = (),
     cached: CachedActivations | None = None,
+    team: Team | None = None,
 ) -> dict[str, Any]:
     """Train one SAE per group and, if asked, one or two per layer, and save them.
 
@@ -77,6 +84,7 @@ def train_saes(
         key: Identifies what is trained; only checkpoints with the same key are continued.
         special: Token ids to leave out.
         cached: Read in place of `stream` and of the host model's forwards.
+        team: The processes that train together; all call this with the same arguments.
 
     Returns:
         A summary for `training.json`: SAEs, steps, tokens, what was left out, what was read.
@@ -91,6 +99,7 @@ def train_saes(
         key=key,
         special=special,
         cached=cached,
+        team=team,
     )
 
 
@@ -153,6 +162,7 @@ def train_entries(
     key: str,
     special: Iterable[int] = (),
     cached: CachedActivations | None = None,
+    team: Team | None = None,
 ) -> dict[str, Any]:
     """Train SAEs of several settings side by side from the same forwards, and save them.
 
@@ -169,20 +179,31 @@ def train_entries(
         InputError: If two entries have one name, or one differs in what all must share.
     """
     _check_entries(entries, config)
-    training = config.training
+    training, team = config.training, team or Team()
     trained = {same[0].name: same for same in distinct(entries)}
+    mesh = _mesh(team, trained, training)
     start = open_start(config, host)
-    saes = {
-        name: new_sae(same[0].layers, moments, same[0].config, start).to(host.device)
-        for name, same in trained.items()
-    }
+    columns = mesh.deal(
+        {name: same[0].config.sae.width(host.d_model) for name, same in trained.items()}
+    )
+    saes: dict[str, SAE] = {}  # that this process trains
+    mixtures: dict[str, Affine] = {}  # of all
+    for name, same in trained.items():
+        sae = new_sae(same[0].layers, moments, same[0].config, start)
+        mixtures[name] = Affine(sae.layers, sae.mean, sae.scale).to(host.device)
+        if columns[name] == mesh.column(team.rank):
+            saes[name] = sae.to(host.device)
     if start is not None and (passed := start.go_on(cached or stream)):
         _log.info("the text of %s continues after %s tokens", start.path, f"{passed:,}")
-    slots = _slots(saes)
+    slots = _slots(mixtures)
     memory = MemoryAccount.of_widths(
         training,
         [sae.config.d_sae for sae in saes.values()],
-        slots=[len(saes[s].layers) if training.layer_sampling == "all" else 1 for s in slots],
+        slots=[
+            len(mixtures[slot].layers) if training.layer_sampling == "all" else 1
+            for slot, names in slots.items()
+            if not saes.keys().isdisjoint(names)
+        ],
         d_model=host.d_model,
         context_length=stream.context_length,
         host=host_bytes(host),
@@ -190,11 +211,23 @@ def train_entries(
     _log.info("memory: %s", memory)
     if host.device.type == "cpu":
         keep_freed_memory()
-    contexts = cached or ContextsAhead(stream, ahead=2 * training.host_batch_contexts)
+    ahead = 2 * team.size * training.host_batch_contexts
+    contexts: ContextsAhead | SharedContexts | CachedActivations
+    contexts = cached or ContextsAhead(stream, ahead)
+    exchange = None
+    if team.size > 1:
+        wanted = [
+            [slot for slot, names in slots.items() if any(columns[n] == column for n in names)]
+            for column in map(mesh.column, range(team.size))
+        ]
+        if cached is None:
+            contexts, exchange = SharedContexts(stream, team, ahead), RowExchange(team, wanted)
+        else:  # which each process reads for itself
+            exchange = RowExchange(Team(), [wanted[team.rank]])
     batches = MixedBatches(
         cached or host,
         contexts,
-        {slot: saes[slot] for slot in slots},
+        {slot: mixtures[slot] for slot in slots},
         total_tokens=training.steps * training.batch_tokens,
         batch_tokens=training.batch_tokens,
         buffer_tokens=training.buffer_tokens,
@@ -204,18 +237,24 @@ def train_entries(
         layer_sampling=training.layer_sampling,
         layer_weights=training.weights_of({layer for entry in entries for layer in entry.layers}),
         seed=training.seed,
+        exchange=exchange,
     )
+    shared = _shared(team, mesh)
     learners = {
-        name: new_learner(saes[name], same[0].config, fresh=start is None)
-        for name, same in trained.items()
+        name: new_learner(sae, trained[name][0].config, fresh=start is None, shared=shared)
+        for name, sae in saes.items()
     }
     checkpoints = Checkpoints(
         directory / "checkpoints",
         key,
         training.checkpoints_kept,
         in_background=training.checkpoint_in_background,
+        team=team,
+        writes=mesh.row(team.rank) == 0,
     )
-    with contexts, open_tracker(training.tracker, directory, checkpoints.step(), config) as log:
+    begun = checkpoints.step()
+    tracker = open_tracker(training.tracker, directory, begun, config) if team.first else _untold()
+    with contexts, tracker as log:
 
         def log_by_every_name(record: Record) -> None:
             for entry in trained[record["sae"]]:
@@ -228,13 +267,18 @@ def train_entries(
             checkpoints=checkpoints,
             log=log_by_every_name,
             slots=slots,
+            team=team,
         )
     for learner in learners.values():
         learner.finish()
-    shutil.rmtree(directory / "saes", ignore_errors=True)  # of another partition, where one was
-    for name, same in trained.items():
-        for entry in same:
-            saes[name].save(directory / "saes" / entry.name)
+    if team.first:
+        shutil.rmtree(directory / "saes", ignore_errors=True)  # of another partition, where one was
+    team.wait()
+    if mesh.row(team.rank) == 0:
+        for name, sae in saes.items():
+            for entry in trained[name]:
+                sae.save(directory / "saes" / entry.name)
+    read = text_read(contexts) if team.first else {}
     return {
         "saes": [entry.name for same in trained.values() for entry in same],
         "steps": training.steps,
@@ -243,7 +287,7 @@ def train_entries(
         "excluded_special_tokens": batches.excluded.special,
         "excluded_long_tokens": batches.excluded.long,
         "seconds_for_checkpoints": round(checkpoints.seconds_waited, 3),
-        **text_read(contexts),
+        **read,
     }
 
 
@@ -268,7 +312,9 @@ def new_sae(
     return sae
 
 
-def new_learner(sae: SAE, config: Config, *, fresh: bool) -> Learner:
+def new_learner(
+    sae: SAE, config: Config, *, fresh: bool, shared: Callable[[Step], Step] | None = None
+) -> Learner:
     """Fits what a fresh SAE was not told to start with."""
     asked = config.sae
     return Learner(
@@ -276,6 +322,7 @@ def new_learner(sae: SAE, config: Config, *, fresh: bool) -> Learner:
         config.training,
         fit_encoder=fresh and asked.encoder_norm is None,
         fit_thresholds=fresh and asked.initial_threshold is None and asked.target_l0 is not None,
+        shared=shared,
     )
 
 
@@ -353,12 +400,56 @@ def _check_entries(entries: Sequence[Entry], config: Config) -> None:
                 )
 
 
-def _slots(saes: Mapping[str, SAE]) -> dict[str, list[str]]:
+def _mesh(team: Team, trained: Mapping[str, Sequence[Entry]], training: TrainingConfig) -> Mesh:
+    """How the SAEs are dealt over the processes.
+
+    Raises:
+        InputError: What is asked for cannot be shared.
+    """
+    rules = {same[0].config.sae.architecture for same in trained.values()}
+    data = training.data_ranks or (None if rules == {"topk"} else 1)
+    if team.size > 1:
+        for key, value in (
+            ("layer_sampling", "balanced" if training.layer_sampling == "balanced" else None),
+            ("max_norm_multiple", training.max_norm_multiple),
+        ):
+            if value is not None:
+                raise InputError(
+                    f"training.{key}: {value} goes with one process alone: what is drawn depends "
+                    "on the rows before; leave it out, or start without torchrun"
+                )
+    mesh = Mesh.of(team.size, len(trained), data)
+    if mesh.data > 1 and rules != {"topk"}:
+        raise InputError(
+            f"training.data_ranks: {mesh.data} goes with sae.architecture=topk alone, not with "
+            f"{', '.join(sorted(rules - {'topk'}))}, which looks at the whole batch; set "
+            "training.data_ranks=1"
+        )
+    return mesh
+
+
+def _shared(team: Team, mesh: Mesh) -> Callable[[Step], Step] | None:
+    """What makes a step one of all processes of this one's column; None where it is alone."""
+    if mesh.data == 1:
+        return None
+    groups = team.groups([mesh.ranks(column) for column in range(mesh.groups)])
+    group = groups[mesh.column(team.rank)]
+    assert group is not None  # of several processes
+    return partial(SharedStep, group=group, row=mesh.row(team.rank), rows=mesh.data)
+
+
+@contextmanager
+def _untold() -> Iterator[Callable[[Record], None]]:
+    """Metrics that the first process logs."""
+    yield lambda values: None
+
+
+def _slots(mixtures: Mapping[str, Affine]) -> dict[str, list[str]]:
     """The SAEs that see identical batches, by the first of them."""
     slots: dict[Hashable, list[str]] = {}
-    for name, sae in saes.items():
+    for name, sae in mixtures.items():
         fixed = sae.mean.flatten().tolist(), sae.scale.tolist()
-        slots.setdefault((sae.layers, *map(tuple, fixed)), []).append(name)
+        slots.setdefault((tuple(sae.layers), *map(tuple, fixed)), []).append(name)
     return {names[0]: names for names in slots.values()}
 
 

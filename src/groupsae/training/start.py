@@ -19,6 +19,7 @@ from groupsae.host.tokens import TokenStream
 from groupsae.sae import SAE, SAEConfig
 from groupsae.sae.autoencoder import CONFIG_FILE
 from groupsae.training.activation_cache import CachedActivations
+from groupsae.training.exchange import SharedContexts
 
 _PER_LAYER = ("mean", "scale", "threshold", "log_threshold", "latent_bias", "gain_in", "gain_out")
 
@@ -172,7 +173,7 @@ def open_start(config: Config, host: HostModel) -> Start | None:
     )
 
 
-def text_read(contexts: ContextsAhead | CachedActivations) -> dict[str, Any]:
+def text_read(contexts: ContextsAhead | SharedContexts | CachedActivations) -> dict[str, Any]:
     """What `training.json` says of the text that training has read: see :class:`Start`.
 
     And what was passed over up to there by `tokens.on_error`, by kind.

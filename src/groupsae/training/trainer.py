@@ -6,6 +6,8 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
+from signal import Signals
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -20,6 +22,7 @@ from groupsae.training.batches import MixedBatches
 from groupsae.training.checkpoint import Checkpoints
 from groupsae.training.interruption import stopping_on_signals
 from groupsae.training.learner import Learner
+from groupsae.training.team import Team
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ def train(
     checkpoints: Checkpoints,
     log: Callable[[Record], None],
     slots: Mapping[str, Sequence[str]] | None = None,
+    team: Team | None = None,
 ) -> None:
     """Train every SAE for `config.steps` steps, from the newest checkpoint if there is one.
 
@@ -43,6 +47,7 @@ def train(
             sae, seconds, and the means since the last one.
         slots: The SAEs that learn from each of the mixed batches, by its name in `batches`; by
             default each from the one of its own name.
+        team: The processes that train together, each with its own learners. The first one logs.
 
     Raises:
         Interrupted: A signal came; the step is finished and a checkpoint written.
@@ -50,13 +55,14 @@ def train(
         InputError: More batches than `config.max_dropped_batches` were not finite; a checkpoint is
             written.
     """
+    team = team or Team()
     slots = slots or {name: [name] for name in learners}
     start, seconds_before = checkpoints.restore(learners, batches)
     began = time.monotonic() - seconds_before
     total = config.steps * config.batch_tokens
-    said = 0  # batches that were dropped, of the SAE that has most
+    said = 0  # batches that were left out, of the SAE that lost most
     with (
-        progress(f"train {len(learners)} SAEs", total) as bar,
+        progress("train", total) as bar,
         stopping_on_signals() as request,
         closing(checkpoints),
     ):
@@ -68,55 +74,74 @@ def train(
                 checkpoints.save(step - 1, time.monotonic() - began, learners, batches)
                 raise
             for slot in tuple(mixed):  # a batch is released as soon as all have learnt from it
-                _learn([learners[name] for name in slots[slot]], *mixed.pop(slot))
+                here = [learners[name] for name in slots[slot] if name in learners]
+                _learn(here, *mixed.pop(slot))
 
             note = ""
             if step % config.log_every == 0 or step == config.steps:
-                said = _warn_of_dropped(learners, batches, config, said)
                 seconds = round(time.monotonic() - began, 3)
-                tokens = step * config.batch_tokens
-                fvu = 0.0
-                for name, learner in learners.items():
-                    when = {"step": step, "tokens": tokens, "sae": name, "seconds": seconds}
-                    metrics = learner.metrics()
-                    log(when | metrics)
-                    fvu += metrics["fvu"] / len(learners)
-                note = f"mean FVU {fvu:.4f}"
+                when = {"step": step, "tokens": step * config.batch_tokens, "seconds": seconds}
+                found = _metrics(learners, team)
+                dropped = _Dropped.of(found, batches, team)
+                if said < dropped.batches <= config.max_dropped_batches:
+                    _log.warning("%s; training goes on without them", dropped)
+                said = dropped.batches
+                for name, metrics in found.items():
+                    log({"sae": name} | when | metrics)
+                fvu = sum(metrics["fvu"] for metrics in found.values()) / len(found)
+                note = f"mean FVU of {len(found)} SAEs {fvu:.4f}"
+                if team.size > 1:
+                    checkpoints.check()
             bar.advance(config.batch_tokens, note)
 
             too_many = said > config.max_dropped_batches
-            due = step % config.checkpoint_every == 0 or request.signal is not None or too_many
+            number = team.largest(request.signal or 0)
+            due = step % config.checkpoint_every == 0 or number or too_many
             if due and step < config.steps:
                 checkpoints.save(step, time.monotonic() - began, learners, batches)
             if too_many:
                 raise InputError(
-                    f"training.max_dropped_batches={config.max_dropped_batches}: "
-                    f"{_dropped(learners, batches)}. The weights are those before; try "
-                    "host.dtype=float32, check the model's weights, or allow more"
+                    f"training.max_dropped_batches={config.max_dropped_batches}: {dropped}. The "
+                    "weights are those before; try host.dtype=float32, check the model's weights, "
+                    "or allow more"
                 )
-            if request.signal is not None and step < config.steps:
-                raise Interrupted(request.signal, step)
-            checkpoints.check()
+            if number and step < config.steps:
+                raise Interrupted(Signals(number), step)
+            if team.size == 1:
+                checkpoints.check()
 
 
-def _warn_of_dropped(
-    learners: Mapping[str, Learner], batches: MixedBatches, config: TrainingConfig, said: int
-) -> int:
-    """How many batches the SAE that lost most has dropped; more than were said before are told."""
-    most = max(learner.n_dropped for learner in learners.values())
-    if said < most <= config.max_dropped_batches:
-        _log.warning("%s; training goes on without them", _dropped(learners, batches))
-    return most
+@dataclass(frozen=True)
+class _Dropped:
+    """The SAE of which most batches were left out.
+
+    Attributes:
+        layers: Those that gave what is not finite.
+    """
+
+    sae: str
+    batches: int
+    layers: tuple[int, ...]
+    host: str
+
+    @classmethod
+    def of(cls, metrics: Mapping[str, Record], batches: MixedBatches, team: Team) -> _Dropped:
+        sae = max(metrics, key=lambda name: metrics[name]["dropped"])
+        layers = sorted({layer for own in team.gather(batches.not_finite()) for layer in own})
+        return cls(sae, metrics[sae]["dropped"], tuple(layers), batches.host.name)
+
+    def __str__(self) -> str:
+        cause = "gradients were NaN or infinite"
+        if self.layers:
+            layers = ", ".join(map(str, self.layers))
+            cause = f"layer {layers} of {self.host} gave NaN or infinite activations"
+        return f"{cause}: {self.batches} batches of {self.sae} were left out"
 
 
-def _dropped(learners: Mapping[str, Learner], batches: MixedBatches) -> str:
-    name, learner = max(learners.items(), key=lambda item: item[1].n_dropped)
-    layers = ", ".join(map(str, batches.not_finite()))
-    cause = f"layer {layers} of {batches.host.name} gave NaN or infinite activations"
-    return (
-        f"{cause if layers else 'gradients were NaN or infinite'}: {learner.n_dropped} batches of "
-        f"{name} were left out"
-    )
+def _metrics(learners: Mapping[str, Learner], team: Team) -> dict[str, Record]:
+    """Of all SAEs, by name; of one that several processes share, once."""
+    own = {name: learner.metrics() for name, learner in learners.items()}
+    return {name: found for of_rank in team.gather(own) for name, found in of_rank.items()}
 
 
 def _learn(

@@ -121,7 +121,7 @@ def test_a_second_run_asks_nothing(tmp_path: Path, words_cache: LatentCache, sho
 
 
 def test_a_budget_stops_the_work_and_a_larger_one_continues(
-    tmp_path: Path, words_cache: LatentCache, shown
+    tmp_path: Path, words_cache: LatentCache, shown, caplog: pytest.LogCaptureFixture
 ):
     with serving(knows) as server:
         part = scores(tmp_path, words_cache, shown, config(server, budget_tokens=200_000))
@@ -130,6 +130,10 @@ def test_a_budget_stops_the_work_and_a_larger_one_continues(
         assert 0 < part["rows"][0]["latents"] < len(WORDS)
         asked = len(server.requests)
         assert part["counts"]["requests"] == asked
+        whole_ones = sum(own["fuzzing"] is not None for own in part["latents"])
+        said = f"budget_tokens=200000 is used up: {whole_ones} of 16 latents"
+        assert said in caplog.text
+        assert "give a larger one" in caplog.text
         # What is scored is whole, as in a run that is not stopped.
         whole = scores(tmp_path / "whole", words_cache, shown, config(server))
         assert all(own in whole["latents"] for own in part["latents"] if own["fuzzing"] is not None)
@@ -138,6 +142,26 @@ def test_a_budget_stops_the_work_and_a_larger_one_continues(
         assert rest["complete"]
         assert (rest["rows"], rest["latents"]) == (whole["rows"], whole["latents"])
         assert len(server.requests) - before == rest["counts"]["requests"] - asked
+
+
+def test_a_budget_that_is_used_up_loses_nothing_that_was_scored(
+    tmp_path: Path, words_cache: LatentCache, shown
+):
+    """Also what stands behind the first latent that lacks an answer."""
+
+    def refuses_the_first(request, before):
+        if before == 0:
+            return Reply(400, {"error": {"message": "filtered"}})
+        return knows(request, before)
+
+    with serving(refuses_the_first) as server:
+        given = config(server, budget_tokens=200_000, concurrency=1)
+        part = scores(tmp_path, words_cache, shown, given)
+        asked = len(server.requests)
+        again = scores(tmp_path, words_cache, shown, given)
+        assert len(server.requests) == asked
+    assert sum(own["fuzzing"] is not None for own in part["latents"]) > 2
+    assert (again["rows"], again["latents"]) == (part["rows"], part["latents"])
 
 
 def test_answers_that_do_not_parse_are_counted_and_left_out(

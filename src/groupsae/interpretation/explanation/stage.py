@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ from groupsae.interpretation.explanation.scores import (
 from groupsae.interpretation.latent_cache import LatentCache
 from groupsae.progress import progress
 
+log = logging.getLogger(__name__)
+
 ANSWERS_FILE = "answers.jsonl"
 SCORES_FILE = "scores.json"
 DEFINITIONS = {**OF_SCORES, **OF_EXAMPLES, **OF_REQUESTS}
@@ -89,12 +92,20 @@ def explain(
     work = _Work(client, cache, Windows(cache), texts, asked)
     drawn = work.drawn(shown)
     explained = _run(work.all_explained(drawn))
+    if client.exhausted:
+        log.warning(
+            "explanation.budget_tokens=%d is used up: %d of %d latents are explained and judged; "
+            "give a larger one to go on",
+            asked.budget_tokens,
+            sum(own.complete for own in explained),
+            len(drawn),
+        )
     result = {
         "definitions": DEFINITIONS,
         "of": of,
         "model": asked.model,
         "endpoint": urlsplit(client.address).netloc,
-        "complete": len(explained) == len(drawn) and all(own.complete for own in explained),
+        "complete": all(own.complete for own in explained),
         "counts": client.counts() | {"unparsed": sum(own.unparsed for own in explained)},
         "rows": mean_rows(shown, explained),
         "latents": latent_rows(explained),
@@ -158,14 +169,15 @@ class _Work:
         return drawn
 
     async def all_explained(self, places: Sequence[_Place]) -> list[Explained]:
-        """Explain and judge one latent after the other, until the budget ends."""
+        """Explain and judge one latent after the other.
+
+        Once the budget is used up, those are whole whose answers are all there from before.
+        """
         left, found = iter(places), list[Explained]()
         with progress("explanations", len(places), "latents") as bar:
 
             async def work() -> None:
                 for place in left:
-                    if self.client.exhausted:
-                        return
                     found.append(await self.explained(place))
                     bar.advance(1)
 
