@@ -1,10 +1,11 @@
 # Everything that these targets need is set up by themselves: only Python (>= 3.11) and make.
 PYTHON ?= python3
 VENV ?= .venv
+INTEROP_VENV ?= .venv-interop
 BIN := $(VENV)/bin
 JOBS ?= 2  # test files at a time
 
-.PHONY: demo test check clean
+.PHONY: demo test test-interop check clean
 
 ## The main job on the bundled model: measure, group, train, evaluate, report.
 demo: $(VENV)/.installed
@@ -13,6 +14,11 @@ demo: $(VENV)/.installed
 ## Style, types, layering and tests.
 test: $(VENV)/.installed-dev check
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov --cov-report=term
+
+## The tests in which sae-lens, eai-sparsify and dictionary-learning judge, in an environment of theirs.
+test-interop: $(INTEROP_VENV)/.installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(INTEROP_VENV)/bin/python -m pytest \
+		tests/interop/test_libraries.py tests/interop/test_sae_lens_evals.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -32,5 +38,14 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+# nnsight, which dictionary-learning needs, brings a torchvision that only a CUDA build of torch loads;
+# beside a CPU build it breaks transformers, and nothing here needs it.
+$(INTEROP_VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(INTEROP_VENV)/bin/python || $(PYTHON) -m venv $(INTEROP_VENV)
+	$(INTEROP_VENV)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(INTEROP_VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[test,interop]'
+	$(INTEROP_VENV)/bin/python -m pip uninstall --quiet --yes torchvision
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(INTEROP_VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

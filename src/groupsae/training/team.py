@@ -132,6 +132,10 @@ def team() -> Iterator[Team]:
     heart.start()
     try:
         yield made
+    except RuntimeError as error:
+        heart.end_with_partners()
+        heart.say_why(error)
+        raise
     except BaseException as error:
         heart.say_why(error)
         raise
@@ -161,7 +165,7 @@ class _Heart(threading.Thread):
         self._store = dist.distributed_c10d._get_default_store()
         self._stopped = threading.Event()
         self._beats = 0
-        self._seen: dict[int, tuple[bytes, float]] = {}
+        self._seen: dict[int, tuple[str, float]] = {}
 
     def run(self) -> None:
         while not self._stopped.wait(_BEAT):
@@ -178,6 +182,19 @@ class _Heart(threading.Thread):
             message = f"{type(error).__name__}: {error}"[:2000]
             self._store.set(f"groupsae/ended/{self._team.rank}", f"{_whereabouts()}: {message}")
 
+    def end_with_partners(self) -> None:
+        """End the process if another is gone, which is why talking to it failed."""
+        with contextlib.suppress(Exception):
+            before = self._signs()
+            time.sleep(2.5 * _BEAT)
+            signs = self._signs()
+            for rank in range(self._team.size):
+                gone = rank != self._team.rank and signs[rank] == before[rank]
+                why = self._said(f"ended/{rank}")
+                if gone or why:
+                    where = signs[rank].rpartition(" ")[0] or "never heard of"
+                    self._end(f"rank {rank} ({where}) is gone" + (f": {why}" if why else ""))
+
     def stop(self) -> None:
         self._stopped.set()
         self.join(5)
@@ -186,25 +203,29 @@ class _Heart(threading.Thread):
         self._beats += 1
         own = f"{_whereabouts()} {self._beats}"
         self._store.set(f"groupsae/alive/{self._team.rank}", own)
-        for rank in range(self._team.size):
+        for rank, sign in enumerate(self._signs()):
             if rank == self._team.rank:
                 continue
-            if self._store.check([f"groupsae/ended/{rank}"]):
-                why = self._store.get(f"groupsae/ended/{rank}").decode(errors="replace")
-                time.sleep(_BEAT)  # this one may be about to end in the same way, by itself
+            if why := self._said(f"ended/{rank}"):
+                self._stopped.wait(5 * _BEAT)  # this one may be about to end by itself, and to say
                 if not self._stopped.is_set():
-                    self._end(f"rank {rank} ended ({why})")
-            if not self._store.check([f"groupsae/alive/{rank}"]):
-                self._seen.setdefault(rank, (b"", time.monotonic()))
-                sign = b""
-            else:
-                sign = self._store.get(f"groupsae/alive/{rank}")
-            before = self._seen.get(rank)
-            if before is None or before[0] != sign:
+                    self._end(f"rank {rank} is gone: {why}")
+            before, since = self._seen.get(rank, ("", 0.0))
+            if rank not in self._seen or before != sign:
                 self._seen[rank] = sign, time.monotonic()
-            elif time.monotonic() - before[1] > _SILENCE:
-                where = before[0].decode(errors="replace").rpartition(" ")[0]
-                self._end(f"rank {rank} ({where or 'never heard of'}) gives no sign of life")
+            elif time.monotonic() - since > _SILENCE:
+                where = sign.rpartition(" ")[0] or "never heard of"
+                self._end(f"rank {rank} ({where}) gives no sign of life")
+
+    def _signs(self) -> list[str]:
+        """The last sign of life of each process."""
+        return [self._said(f"alive/{rank}") for rank in range(self._team.size)]
+
+    def _said(self, key: str) -> str:
+        """What was left under a key; nothing where nothing was."""
+        if not self._store.check([f"groupsae/{key}"]):
+            return ""
+        return bytes(self._store.get(f"groupsae/{key}")).decode(errors="replace")
 
     def _end(self, why: str) -> None:
         sys.stderr.write(

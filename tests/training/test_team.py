@@ -1,0 +1,249 @@
+"""Several processes of torchrun on this machine, over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from groupsae.config import Config
+from groupsae.errors import InputError
+from groupsae.run import Run
+from groupsae.training.mesh import Mesh
+
+WORKER = Path(__file__).with_name("worker.py")
+ROOT = WORKER.parents[2]
+
+
+def torchrun(processes: int, *arguments: object, module: bool = False) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    command += ["--module"] if module else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*command, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+    )
+
+
+def work(processes: int, tmp_path: Path, **job: object) -> tuple[int, str]:
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(job))
+    started = torchrun(processes, WORKER, path)
+    output, _ = started.communicate(timeout=240)
+    return started.returncode, output
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_host_folder, tiny_text, tmp_path_factory) -> Path:
+    """A run whose groups are known: two groups and three layers, five SAEs."""
+    config = Config.parse(
+        {
+            "host": {"name": str(tiny_host_folder)},
+            "tokens": {"source": str(tiny_text), "context_length": 16, "held_out": 0.2},
+            "grouping": {"layers": "all", "distance_tokens": 2000, "partition": "0-1,2"},
+            "sae": {"k": 4, "d_sae": 48},
+            "training": {
+                "tokens": 4096,
+                "batch_tokens": 256,
+                "buffer_tokens": 1024,
+                "host_batch_contexts": 4,
+                "log_every": 4,
+                "checkpoint_every": 6,
+            },
+        }
+    )
+    run = Run(tmp_path_factory.mktemp("runs") / "prepared", config)
+    run.distances()
+    run.groups()
+    return run.directory
+
+
+def copy_of(prepared: Path, directory: Path, **training: object) -> Path:
+    shutil.copytree(prepared, directory)
+    values = Run(directory).config.model_dump(mode="json")
+    values["training"] |= training
+    Run(directory, Config.parse(values))
+    return directory
+
+
+def trained_alone(prepared: Path, directory: Path, **training: object) -> dict:
+    """By one process of one thread: what compute kernels give may depend on their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return weights(Run(copy_of(prepared, directory, **training)).train())
+    finally:
+        torch.set_num_threads(threads)
+
+
+def weights(saes) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": tensor
+        for name, sae in saes.items()
+        for key, tensor in sae.state_dict().items()
+    }
+
+
+def assert_equal(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_that_share_the_saes_give_the_bits_of_one(prepared, tmp_path, processes):
+    cache = str(tmp_path / "cache")
+    Run(copy_of(prepared, tmp_path / "writer", activation_cache=cache)).cache()
+    settings = {
+        "uniform": {},
+        "cached": {"activation_cache": cache},
+        "all": {"layer_sampling": "all"},
+        "twins": {"twins": True, "baseline": False},  # more SAEs that share batches
+    }
+    expected = {
+        name: trained_alone(prepared, tmp_path / f"one-{name}", **own)
+        for name, own in settings.items()
+    }
+    runs = [copy_of(prepared, tmp_path / name, **own) for name, own in settings.items()]
+    code, output = work(
+        processes, tmp_path, what="train", runs=[{"directory": str(d)} for d in runs]
+    )
+    assert code == 0, output
+    for directory in runs:
+        assert_equal(weights(Run(directory).train()), expected[directory.name])
+        alone = tmp_path / f"one-{directory.name}"
+        for file in ("training.json", "metrics.jsonl"):
+            ours, theirs = (timeless(run / file) for run in (directory, alone))
+            assert ours == theirs
+
+
+def timeless(path: Path) -> list[str]:
+    lines = (
+        [json.loads(line) for line in path.read_text().splitlines()]
+        if path.suffix == ".jsonl"
+        else [json.loads(path.read_text())]
+    )
+    for line in lines:
+        line.pop("seconds", None)
+        line.pop("seconds_for_checkpoints", None)
+    return sorted(json.dumps(line, sort_keys=True) for line in lines)
+
+
+def test_a_step_by_shares_is_the_step_of_the_whole(tmp_path):
+    code, output = work(3, tmp_path, what="share", found=str(tmp_path / "found"))
+    assert code == 0, output
+    for rank in range(3):
+        for name, difference in json.loads((tmp_path / f"found.{rank}.json").read_text()).items():
+            assert difference < 1e-12, name
+
+
+def test_processes_that_share_batches_give_the_weights_of_one_to_rounding(prepared, tmp_path):
+    few = {"tokens": 1280}  # five steps: later a latent may be chosen for another by a rounding
+    expected = trained_alone(prepared, tmp_path / "one", **few)
+    directory = copy_of(prepared, tmp_path / "shared", data_ranks=2, **few)
+    code, output = work(2, tmp_path, what="train", runs=[{"directory": str(directory)}])
+    assert code == 0, output
+    for name, tensor in weights(Run(directory).train()).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_signal_to_one_stops_all_and_another_number_of_processes_goes_on(prepared, tmp_path):
+    expected = trained_alone(prepared, tmp_path / "one")
+    directory = copy_of(prepared, tmp_path / "stopped")
+    for processes, step in ((3, 4), (2, 8)):
+        job = {
+            "directory": str(directory),
+            "signal_at": step,
+            "signal_rank": processes - 1,
+            "signal": int(signal.SIGUSR1),
+        }
+        code, output = work(processes, tmp_path, what="train", runs=[job])
+        assert code != 0
+        assert f"stopped by SIGUSR1 after step {step + 1}" in output
+        assert (directory / "checkpoints" / f"step-{step + 1:06d}").is_dir()
+    assert_equal(weights(Run(directory).train()), expected)
+
+
+def test_a_process_that_dies_ends_the_others_and_is_named(prepared, tmp_path):
+    directory = copy_of(prepared, tmp_path / "run")
+    job = {
+        "directory": str(directory),
+        "signal_at": 8,
+        "signal_rank": 1,
+        "signal": int(signal.SIGKILL),
+    }
+    began = time.monotonic()
+    code, output = work(2, tmp_path, what="train", runs=[job])
+    assert time.monotonic() - began < 60
+    assert code != 0
+    assert "rank      : 1" in output  # as torchrun names it
+    assert "exitcode  : -9" in output
+    expected = trained_alone(prepared, tmp_path / "one")
+    assert_equal(weights(Run(directory).train()), expected)
+
+
+def test_the_command_line_in_two_processes(prepared, tmp_path):
+    directory = copy_of(prepared, tmp_path / "run")
+    started = torchrun(2, "groupsae", "run", directory, "evaluation.tokens=1000", module=True)
+    output, _ = started.communicate(timeout=240)
+    assert started.returncode == 0, output
+    assert output.count("Report: ") == 1
+    assert (directory / "report.html").exists()
+    started = torchrun(2, "groupsae", "evaluate", directory, module=True)
+    output, _ = started.communicate(timeout=240)
+    assert started.returncode != 0
+    assert "only `groupsae run` and `groupsae train` work in several processes" in output
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"training": {"layer_sampling": "balanced"}}, r"training\.layer_sampling: balanced"),
+        ({"training": {"max_norm_multiple": 5.0}}, r"training\.max_norm_multiple: 5\.0"),
+        ({"training": {"data_ranks": 2}, "sae": {"architecture": "batchtopk"}}, "batchtopk"),
+        ({"training": {"data_ranks": 3}}, "data_ranks: 3 does not divide 2"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(sections, message):
+    from groupsae.training.session import _mesh, entries_of
+    from groupsae.training.team import Team
+
+    config = Config.parse(sections)
+    entries = {entry.name: [entry] for entry in entries_of([(0, 1), (2,)], config)}
+    with pytest.raises(InputError, match=message):
+        _mesh(Team(0, 2), entries, config.training)
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=20), st.integers(1, 8))
+def test_saes_are_dealt_evenly(costs, groups):
+    mesh = Mesh(1, groups)
+    dealt = mesh.deal({f"sae-{i}": cost for i, cost in enumerate(costs)})
+    loads = [
+        sum(costs[i] for i in range(len(costs)) if dealt[f"sae-{i}"] == c) for c in range(groups)
+    ]
+    assert set(dealt.values()) <= set(range(groups))
+    assert max(loads) - min(loads) <= max(costs)  # the least loaded is given the next
+
+
+@given(st.integers(1, 6), st.integers(1, 6))
+def test_columns_have_all_ranks_once(data, groups):
+    mesh = Mesh(data, groups)
+    columns = [mesh.ranks(column) for column in range(groups)]
+    assert sorted(rank for column in columns for rank in column) == list(range(data * groups))
+    for column, ranks in enumerate(columns):
+        assert [mesh.column(rank) for rank in ranks] == [column] * data
+        assert [mesh.row(rank) for rank in ranks] == list(range(data))
