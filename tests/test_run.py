@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -515,3 +519,44 @@ def test_evaluating_again_leaves_what_does_not_rest_on_it(copy, module_config):
     done = json.loads((copy / "stages.json").read_text())
     assert "circuits" in done
     assert "report" not in done
+
+
+def test_fresh_starts_over(copy, groupsae):
+    code, _, err = groupsae("run", copy)
+    assert code == 0
+    assert "train: already done" in err
+    code, _, err = groupsae("train", copy, "--fresh")
+    assert code == 0
+    assert "distances" not in err
+    assert "train: 4,096 tokens" in err
+    assert not Run(copy).stages.is_done("evaluate")
+    code, _, err = groupsae("run", copy, "--fresh", "sae.k=3")
+    assert code == 0
+    assert "distances: 2,0" in err
+    assert "train: 4,096 tokens" in err
+    assert Run(copy).sae(0).config.k == 3
+
+
+def test_a_scheduler_that_stops_a_training_is_told_so_and_nothing_is_lost(copy, tmp_path):
+    keys = [
+        "training.tokens=100M",
+        "tokens.on_exhausted=repeat",
+        "training.checkpoint_every=1000000",
+    ]
+    directory = tmp_path / "run"
+    started = subprocess.Popen(
+        [sys.executable, "-m", "groupsae", "run", copy / "config.yaml", "--out", directory, *keys],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    metrics = directory / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    started.send_signal(signal.SIGTERM)
+    _, err = started.communicate(timeout=60)
+    assert started.returncode == 128 + signal.SIGTERM
+    said = re.search(r"stopped by SIGTERM after step (\d+); a checkpoint holds it", err)
+    assert said is not None, err
+    assert "Traceback" not in err
+    assert (directory / "checkpoints" / f"step-{int(said[1]):06d}").is_dir()

@@ -68,10 +68,22 @@ Redo = Annotated[
 ]
 
 
+Fresh = Annotated[
+    bool,
+    typer.Option("--fresh", help="Start over: forget what was done, checkpoints too."),
+]
+
+
 @app.command("run", epilog=_KEYS)
-def run_all(inputs: Inputs = None, out_directory: Out = None, redo: Redo = False) -> None:
+def run_all(
+    inputs: Inputs = None,
+    out_directory: Out = None,
+    redo: Redo = False,
+    fresh: Fresh = False,
+) -> None:
     """Do everything: measure, group, train, evaluate, report. Trains on what torchrun starts."""
-    with _together(inputs, out_directory, redo) as (run, first):
+    forget = "distances" if fresh else None
+    with _together(inputs, out_directory, redo, forget) as (run, first):
         if first:
             run.check()
             run.distances()
@@ -124,9 +136,14 @@ def groups(
 
 
 @app.command(epilog=_KEYS)
-def train(inputs: Inputs = None, out_directory: Out = None, redo: Redo = False) -> None:
+def train(
+    inputs: Inputs = None,
+    out_directory: Out = None,
+    redo: Redo = False,
+    fresh: Fresh = False,
+) -> None:
     """Train one SAE per group, and one per layer to compare with, from one shared forward."""
-    with _together(inputs, out_directory, redo) as (run, first):
+    with _together(inputs, out_directory, redo, "train" if fresh else None) as (run, first):
         run.train()
         if first:
             out.print(f"SAEs: {run.directory / 'saes'}", soft_wrap=True, markup=False)
@@ -429,11 +446,18 @@ def _layers(text: str) -> list[int]:
 
 @contextmanager
 def _together(
-    inputs: list[str] | None, out_directory: Path | None, redo: bool
+    inputs: list[str] | None, out_directory: Path | None, redo: bool, forget: str | None
 ) -> Iterator[tuple[Run, bool]]:
-    """The run, opened by all processes that torchrun started; and whether this is the first."""
+    """The run, opened by all processes that torchrun started; and whether this is the first.
+
+    Args:
+        forget: The stage from which on everything is to be done again.
+    """
+    redo = redo or forget is not None
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        yield _open(inputs, out_directory, redo), True
+        run = _open(inputs, out_directory, redo)
+        run.stages.forget(forget)
+        yield run, True
         return
     from groupsae.training.team import team
 
@@ -441,9 +465,13 @@ def _together(
         logging.getLogger("groupsae").setLevel(
             logging.INFO if processes.first else logging.ERROR  # the first one speaks for all
         )
-        run = _open(inputs, out_directory, redo, processes) if processes.first else None
+        if processes.first:
+            run = _open(inputs, out_directory, redo, processes)
+            run.stages.forget(forget)
         processes.wait()
-        yield run or _open(inputs, out_directory, redo, processes), processes.first
+        if not processes.first:
+            run = _open(inputs, out_directory, redo, processes)
+        yield run, processes.first
 
 
 def _open(
@@ -670,8 +698,8 @@ def _show_explanations(result: dict[str, Any]) -> None:
     used = counts["prompt_tokens"] + counts["completion_tokens"]
     table = Table(
         title=f"Explanations by {result['model']}"
-        + ("" if result["complete"] else ", not complete: the same command goes on"),
-        caption=f"{said}; tokens {used:,}, of them estimated {counts['estimated_tokens']:,}",
+        + ("" if result["complete"] else ", not complete"),
+        caption=f"{said}; tokens {used:,}, and an estimated {counts['estimated_tokens']:,}",
     )
     for column in ("SAEs", "layer", "latents", "detection", "95%", "fuzzing", "95%"):
         table.add_column(column, justify="left" if column == "SAEs" else "right")

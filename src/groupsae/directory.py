@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,6 +35,7 @@ _WORKS_ON = {
     "report": "evaluate",  # and shows what else there is
 }
 STAGES = tuple(_WORKS_ON)
+_OF_RUN = ("distances", "groups", "train", "evaluate", "report")  # what `groupsae run` does
 
 # What each stage depends on, besides the stages before it: whole sections or single keys.
 _DEPENDS = {
@@ -129,6 +131,15 @@ class RunDirectory:
         """Whether `stage` has been carried out for this config."""
         return bool(self._done().get(stage, {}).get("key") == self.key(stage))
 
+    def forget(self, stage: str | None) -> None:
+        """Take a stage, and what builds on it, as not done, nor begun; None: nothing."""
+        if stage is None:
+            return
+        done = {name: entry for name, entry in self._done().items() if stage not in _chain(name)}
+        write_json(self.path / "stages.json", done)
+        if stage in _chain("train"):
+            shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
     def key(self, stage: str, config: Config | None = None) -> str:
         """Identifies what `stage` makes: all keys that it and the stages before it depend on.
 
@@ -147,9 +158,10 @@ class RunDirectory:
         """The path of an artefact that an earlier stage must have made for this config."""
         path = self.path / name
         if not (path.exists() and self.is_done(stage)):
+            every = f", or `groupsae run {self.path}` for everything"
             raise InputError(
                 f"{self.path} holds no {name} of this config; run `groupsae {stage} {self.path}` "
-                f"first, or `groupsae run {self.path}` for everything"
+                f"first{every if stage in _OF_RUN else ''}"
             )
         return path
 

@@ -8,8 +8,8 @@ from groupsae.config import Config
 from groupsae.grouping.cost import CostModel
 from groupsae.planner.devices import Device
 from groupsae.planner.host import PlannedHost
-from groupsae.planner.sharing import Mesh
 from groupsae.training.memory import MemoryAccount, most_saes
+from groupsae.training.mesh import Mesh
 
 _FLOAT32 = 4
 
@@ -89,16 +89,12 @@ class Demand:
         d_model, d_sae = host.d_model, config.sae.width(host.d_model)
         batch = config.training.batch_tokens
         saes, mixtures, rows = _trained(config, setting.G, len(setting.layers))
-        mesh = Mesh.of(setting.devices, saes)
+        by_token = config.sae.architecture == "topk"  # others look at the whole batch
+        mesh = Mesh.of(setting.devices, saes, config.training.data_ranks or (None if by_token else 1))
         own_saes, own_mixtures = mesh.most_saes(saes), mesh.most_saes(mixtures)
         # Which SAE has how many layers is not known yet: one may have all the rows that are more.
         slots = [rows - mixtures + 1] + [1] * (own_mixtures - 1)
-        training = config.training.model_copy(
-            update={
-                "batch_tokens": mesh.share(batch),
-                "buffer_tokens": mesh.share(config.training.buffer_tokens),
-            }
-        )
+        training = config.training
         account = MemoryAccount.of_widths(
             training,
             [d_sae] * own_saes,
@@ -114,8 +110,8 @@ class Demand:
         per_sae = (account.saes + account.moments + account.counters + average) // own_saes
         row = _FLOAT32 * d_model
         forward = setting.forward_tokens
-        elsewhere = (mesh.groups - 1) / mesh.groups
-        at_once = min(mesh.groups, -(-mesh.share(batch) // forward))  # forwards of a round
+        elsewhere = (mesh.devices - 1) / mesh.devices
+        round_trip = (rows + sum(slots) * mesh.devices) * forward * row  # a forward of each device
         read = training.activation_cache is None
         return cls(
             mesh=mesh,
@@ -125,11 +121,10 @@ class Demand:
             account=account,
             average=average,
             activations=host.activations(forward) if read else forward * row,
-            exchange=round(rows * forward * row * elsewhere)
-            + sum(slots) * forward * row * (at_once - 1),
-            checkpoint=per_sae * saes + mesh.data * account.buffer * rows // sum(slots),
+            exchange=round_trip if mesh.devices > 1 else 0,
+            checkpoint=per_sae * saes + account.buffer * rows // sum(slots),
             copy=checkpointed if copies else 0,
-            received=round(sum(slots) * mesh.share(batch) * row * elsewhere),
+            received=round(sum(slots) * batch * row * elsewhere),
             reduced=round(own_saes * account.gradients * 2 * (mesh.data - 1) / mesh.data),
             copy_on_device=on_cpu,
         )

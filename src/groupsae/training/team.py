@@ -197,7 +197,7 @@ class _Heart(threading.Thread):
 
     def stop(self) -> None:
         self._stopped.set()
-        self.join(5)
+        self.join(60)  # a thread that outlives the interpreter can bring it down
 
     def _beat(self) -> None:
         self._beats += 1
