@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -13,6 +15,7 @@ import yaml
 from huggingface_hub import constants
 
 from groupsae.config import Config
+from groupsae.directory import RunDirectory
 from groupsae.errors import InputError
 from groupsae.interop import import_saes
 from groupsae.interop.card import model_card
@@ -106,6 +109,21 @@ def test_what_is_published_and_what_is_not(finished, hub):
         "figures/per_layer.png",
         *(f"saes/{name}/{file}" for name in saes for file in ("cfg.json", "sae.safetensors")),
     }
+
+
+def test_a_stage_that_is_not_published_is_not_said_to_be_done(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    stages = RunDirectory(run)
+    path = run / "interpretation" / "depth.json"
+    path.parent.mkdir()
+    with stages.stage("interpret", path):
+        path.write_text("{}")
+    assert stages.is_done("interpret")
+    published = publication(run)
+    assert set(json.loads(published.files["stages.json"])) == {
+        *("distances", "groups", "train", "evaluate")
+    }
+    assert not any(name.startswith("interpretation/") for name in published.files)
 
 
 def test_no_path_of_this_machine_is_published(finished, hub, tmp_path, caplog):
@@ -205,6 +223,27 @@ def test_the_card_has_the_evaluations_figures(finished, hub):
     assert "![figures/per_layer.png](figures/per_layer.png)" in card
     assert "{{" not in card
     assert "None" not in card
+
+
+def test_what_the_card_says_to_run_runs(finished, hub, groupsae, tmp_path, monkeypatch):
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    push(finished, REPO, host_name=config["host"]["name"])  # as if it were a name on the hub
+    blocks = re.findall(
+        r"```(\w+)\n(.*?)```", hub.repositories[REPO].files["README.md"].decode(), re.DOTALL
+    )
+    names: dict[str, Any] = {}
+    (python,) = [code for kind, code in blocks if kind == "python" and "groupsae" in code]
+    exec(python, names)
+    x = torch.randn(7, 32)
+    torch.testing.assert_close(names["sae"](x), Run(finished).sae(0)(x, 0))
+    monkeypatch.chdir(tmp_path)
+    (commands,) = [code for kind, code in blocks if kind == "sh"]
+    for command in commands.splitlines():
+        code, out, err = groupsae(*command.split()[1:])
+        assert code == 0, err
+        folder = Path(re.search(r"layer 0: (\S+)", out)[1])
+        (back,) = import_saes([folder]).values()
+        torch.testing.assert_close(back(x, 0), names["sae"](x))
 
 
 def test_a_card_names_no_licence_and_no_table_that_there_is_not(finished, tmp_path):

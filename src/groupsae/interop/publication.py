@@ -19,6 +19,7 @@ Content: TypeAlias = bytes | Path
 # Where a run lies on its machine, and what it only read there: of no use elsewhere.
 _DROPPED = ("training.init_from", "training.activation_cache")
 _FIGURES = (".png", ".svg", ".pdf")
+_UNPUBLISHED = ("interpret", "report")  # a large cache of latents, a page made on this machine
 _A_PATH = re.compile(r"(?:~|\.{0,2}[/\\]|[A-Za-z]:[/\\]|\\\\)\S.*")
 
 
@@ -63,7 +64,7 @@ def publication(directory: Path, *, host_name: str | None = None) -> Publication
         "stages.json": {
             stage: {**entry, "key": stages.key(stage, config)}
             for stage, entry in finished.items()
-            if stages.is_done(stage) and stage != "report"
+            if stages.is_done(stage) and stage not in _UNPUBLISHED
         }
     }
     names = ["training.json", "partition.json", "distances.json"]
