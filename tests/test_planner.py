@@ -24,13 +24,13 @@ from groupsae.planner.devices import DEVICES, Device
 from groupsae.planner.fitting import check_fit, nearest
 from groupsae.planner.host import PlannedHost
 from groupsae.planner.plan import Plan
-from groupsae.planner.sharing import Mesh
 from groupsae.planner.speed import Speed, StepTime
 from groupsae.sae import SAE, SAEConfig
 from groupsae.training.batches import MixedBatches
 from groupsae.training.checkpoint import Checkpoints
 from groupsae.training.learner import Learner
 from groupsae.training.memory import MemoryAccount, host_bytes, most_saes
+from groupsae.training.mesh import Mesh
 from groupsae.training.session import distinct, entries_of, twins_of
 
 LLAMA = [
