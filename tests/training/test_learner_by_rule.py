@@ -84,7 +84,8 @@ def test_the_error_falls_and_decoder_rows_keep_unit_norm(rule, affine):
         torch.testing.assert_close(learner.sae.W_dec.norm(dim=1), torch.ones(D_SAE))
     assert sum(errors[-5:]) < 0.6 * sum(errors[:5])
     metrics = learner.metrics()
-    assert {"loss", "fvu", "auxk", "penalty", "l0", "gradient_norm", "dead", "lr"} == set(metrics)
+    means = {"loss", "fvu", "auxk", "penalty", "l0", "gradient_norm"}
+    assert means | {"dead", "lr", "dropped"} == set(metrics)
     assert all(value == value for value in metrics.values())
     for name, parameter in learner.sae.named_parameters():
         assert parameter.isfinite().all()

@@ -25,6 +25,8 @@ TRAINING = {
     "kernel": "torch",
 }
 
+METRICS = {"fvu": 0.5, "dropped": 0}
+
 
 def make_config(**keys):
     """Overrides by path, with `__` for the dot."""
@@ -183,7 +185,7 @@ def test_entries_that_differ_in_nothing_but_their_names_are_trained_once(
     steps = []
     step = "groupsae.training.learner.Learner.step"
     monkeypatch.setattr(step, lambda self, x, members: steps.append(len(x)))
-    monkeypatch.setattr("groupsae.training.learner.Learner.metrics", lambda self: {"fvu": 0.5})
+    monkeypatch.setattr("groupsae.training.learner.Learner.metrics", lambda self: METRICS)
     summary = train_side_by_side(host, corpus, tmp_path, {"a": make_config(), "b": make_config()})
     assert summary["saes"] == ["a/0", "b/0", "a/2", "b/2"]
     assert len(steps) == 2 * 4

@@ -112,7 +112,8 @@ def test_processes_that_share_the_saes_give_the_bits_of_one(prepared, tmp_path, 
         "uniform": {},
         "cached": {"activation_cache": cache},
         "all": {"layer_sampling": "all"},
-        "twins": {"twins": True, "baseline": False},  # more SAEs that share batches
+        "twins": {"twins": True},  # SAEs that share batches, on different processes
+        "few": {"baseline": False},  # two SAEs
     }
     expected = {
         name: trained_alone(prepared, tmp_path / f"one-{name}", **own)

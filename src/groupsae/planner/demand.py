@@ -54,15 +54,19 @@ class Demand:
     """What the fullest device holds, and what crosses to it; bytes.
 
     Attributes:
+        mesh: The processes, one a device, that train together.
         n_saes: All that are trained, at most.
         own_saes: Of the fullest device.
         own_rows: Rows that these learn from together, for each token of its share of a batch.
-        account: What it holds all the time.
+        account: What it holds all the time: of its own SAEs the weights, the whole buffer and the
+            whole batch, also where it shares them.
         average: The running mean of the weights, where it is asked for.
         activations: What a forward of the host model holds for a moment.
-        exchange: Rows of one round of forwards on their way to the devices of their SAEs.
-        checkpoint: One checkpoint on the disk, of all devices together.
-        copy: Its share of a checkpoint, in the machine's memory until it is written.
+        exchange: Rows of one round, a forward of each device: of its own forward those of all
+            SAEs, of every forward those of its own. Where SAEs are shared, also the gradients of
+            one twice more, while they are summed.
+        checkpoint: One checkpoint on the disk, of all devices together; each buffer is in it once.
+        copy: Its part of a checkpoint, in the machine's memory until it is written.
         received: Rows that come to it from other devices, in a step.
         reduced: Gradients that it sends, in a step, to those that train the same SAEs.
         copy_on_device: Whether the copy takes its memory from the device's.
@@ -90,11 +94,12 @@ class Demand:
         batch = config.training.batch_tokens
         saes, mixtures, rows = _trained(config, setting.G, len(setting.layers))
         by_token = config.sae.architecture == "topk"  # others look at the whole batch
-        mesh = Mesh.of(setting.devices, saes, config.training.data_ranks or (None if by_token else 1))
-        own_saes, own_mixtures = mesh.most_saes(saes), mesh.most_saes(mixtures)
+        training = config.training
+        mesh = Mesh.of(setting.devices, saes, training.data_ranks or (None if by_token else 1))
+        own_saes = mesh.most_saes(saes)
+        own_mixtures = min(own_saes, mixtures)  # SAEs of one mixture may be on several devices
         # Which SAE has how many layers is not known yet: one may have all the rows that are more.
         slots = [rows - mixtures + 1] + [1] * (own_mixtures - 1)
-        training = config.training
         account = MemoryAccount.of_widths(
             training,
             [d_sae] * own_saes,
@@ -110,9 +115,10 @@ class Demand:
         per_sae = (account.saes + account.moments + account.counters + average) // own_saes
         row = _FLOAT32 * d_model
         forward = setting.forward_tokens
-        elsewhere = (mesh.devices - 1) / mesh.devices
-        round_trip = (rows + sum(slots) * mesh.devices) * forward * row  # a forward of each device
-        read = training.activation_cache is None
+        read = training.activation_cache is None  # else each device reads its own SAEs' rows
+        elsewhere = (mesh.devices - 1) / mesh.devices if read else 0.0
+        on_the_way = rows + sum(slots) * mesh.devices if read else 2 * sum(slots)
+        summed = 2 * account.gradients if mesh.data > 1 else 0
         return cls(
             mesh=mesh,
             n_saes=saes,
@@ -121,7 +127,7 @@ class Demand:
             account=account,
             average=average,
             activations=host.activations(forward) if read else forward * row,
-            exchange=round_trip if mesh.devices > 1 else 0,
+            exchange=on_the_way * forward * row + summed if mesh.devices > 1 else 0,
             checkpoint=per_sae * saes + account.buffer * rows // sum(slots),
             copy=checkpointed if copies else 0,
             received=round(sum(slots) * batch * row * elsewhere),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations, product
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from groupsae.errors import InputError
 from groupsae.planner.demand import Demand, Setting, at_groups
@@ -57,15 +57,15 @@ def nearest(setting: Setting) -> list[tuple[str, ...]]:
 
     As few together as possible; each as small as possible, in halves and doubles. The first few.
     """
-    kinds = [kind for kind in _kinds(setting) if kind]
+    kinds = [kind for kind in _kinds(setting) if kind.changes]
     for number in range(1, _MOST_CHANGES + 1):
         found: list[tuple[int, tuple[str, ...]]] = []
         for chosen in combinations(kinds, number):
-            if not _fits(setting, [kind[-1] for kind in chosen]):
-                continue  # all go as far as they can
+            if not any(_fits(setting, ends) for ends in product(*(kind.ends for kind in chosen))):
+                continue
             fitting = (
                 (sum(step for step, _ in picked), tuple(change[0] for _, change in picked))
-                for picked in product(*(enumerate(kind) for kind in chosen))
+                for picked in product(*(enumerate(kind.changes) for kind in chosen))
                 if _fits(setting, [change for _, change in picked])
             )
             if (best := min(fitting, default=None)) is not None:
@@ -76,39 +76,58 @@ def nearest(setting: Setting) -> list[tuple[str, ...]]:
     return []
 
 
-def _fits(setting: Setting, changes: list[Change]) -> bool:
+class _Kind(NamedTuple):
+    """Changes of one kind, from the smallest to the largest.
+
+    Attributes:
+        steady: Whether a larger one never needs more memory.
+    """
+
+    changes: list[Change]
+    steady: bool = True
+
+    @property
+    def ends(self) -> list[Change]:
+        """Among which the one is that needs the least."""
+        return self.changes[-1:] if self.steady else self.changes
+
+
+def _fits(setting: Setting, changes: Sequence[Change]) -> bool:
     for _, change in changes:
         setting = change(setting)
     assert setting.device is not None
     return Demand.of(setting).fits(setting.device)
 
 
-def _kinds(setting: Setting) -> Iterator[list[Change]]:
-    """Kinds of change, each from the smallest to the largest."""
+def _kinds(setting: Setting) -> Iterator[_Kind]:
+    """Kinds of change."""
     training, sae, device = setting.config.training, setting.config.sae, setting.device
     assert device is not None
     if training.baseline:
-        yield [_set("training", "baseline", False, "false")]
+        yield _Kind([_set("training", "baseline", False, "false")])
     if device.is_cpu and training.checkpoint_in_background:
-        yield [_set("training", "checkpoint_in_background", False, "false")]
+        yield _Kind([_set("training", "checkpoint_in_background", False, "false")])
     for name, least in (("buffer_tokens", training.batch_tokens), ("host_batch_contexts", 1)):
-        yield [_set("training", name, value) for value in _halves(getattr(training, name), least)]
-    yield [_set("training", "batch_tokens", v) for v in _halves(training.batch_tokens, 1)]
+        halves = _halves(getattr(training, name), least)
+        yield _Kind([_set("training", name, value) for value in halves])
+    yield _Kind([_set("training", "batch_tokens", v) for v in _halves(training.batch_tokens, 1)])
     needed = max(sae.k or 0, sae.target_l0 or 0)
     if sae.d_sae is None:
         least = -(-int(needed) // setting.host.d_model)
-        yield [_set("sae", "expansion", v) for v in _halves(sae.expansion, max(least, 1))]
+        yield _Kind([_set("sae", "expansion", v) for v in _halves(sae.expansion, max(least, 1))])
     else:
-        yield [_set("sae", "d_sae", v) for v in _halves(sae.d_sae, max(int(needed), 1))]
+        yield _Kind([_set("sae", "d_sae", v) for v in _halves(sae.d_sae, max(int(needed), 1))])
     if setting.config.grouping.partition is None:
-        yield [_groups(G) for G in _halves(setting.G, 1)]
+        fewer = [_groups(G) for G in _halves(setting.G, 1)]
+        yield _Kind(fewer, steady=False)  # fewer SAEs may be shared, and their gradients summed
     if setting.host.number_bytes > 2:
-        yield [("host.dtype=bfloat16", _in_bfloat16)]
+        yield _Kind([("host.dtype=bfloat16", _in_bfloat16)])
     if not device.is_cpu:
-        more = (2**i for i in range(1, _MOST_DEVICES.bit_length()))
-        yield [_devices(n * setting.devices) for n in more if n * setting.devices <= _MOST_DEVICES]
+        more = [setting.devices * 2**i for i in range(1, _MOST_DEVICES.bit_length())]
+        several = [_devices(n) for n in more if n <= _MOST_DEVICES]
+        yield _Kind(several, steady=False)  # each has fewer SAEs, but a round has more rows
         larger = (other for other in DEVICES.values() if other.memory > device.memory)
-        yield [_device(other.name) for other in larger]
+        yield _Kind([_device(other.name) for other in larger])
 
 
 def _halves(value: int, least: int) -> list[int]:

@@ -81,8 +81,8 @@ class StepTime:
         if training.activation_cache is None:
             if speed.forward_token is None:
                 return None
-            forwards = mesh.forwards_in_turn(training.batch_tokens / setting.forward_tokens)
-            host = forwards * setting.forward_tokens * speed.forward_token
+            # A round is a forward of each device; what a step leaves of it serves the next ones.
+            host = training.batch_tokens / mesh.devices * speed.forward_token
         if speed.step is None or speed.step_row is None or (sent and speed.link is None):
             return None
         return cls(

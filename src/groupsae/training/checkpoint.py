@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,8 +48,8 @@ class Checkpoints:
         in_background: Copy what is to be written, and write it while training goes on. Else
             training waits for the disk, and no copy is held.
         team: The processes that train together. All call the same methods in the same order.
-        writes: Whether this process writes the state of its SAEs: of those that share some, one
-            does.
+        writes: The SAEs, and mixtures of such names, that this process writes: each is written by
+            one of those that hold it. By default all that it holds.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Checkpoints:
         *,
         in_background: bool = True,
         team: Team | None = None,
-        writes: bool = True,
+        writes: Collection[str] | None = None,
     ) -> None:
         self.directory, self.config, self.kept = directory, config, kept
         self.in_background, self.team, self.writes = in_background, team or Team(), writes
@@ -86,9 +86,13 @@ class Checkpoints:
         self._settle()
         of_batches = batches.state()
         parts = {_BATCHES: of_batches.draws} if self.team.first else {}
-        if self.writes:
-            parts |= {_rows_of(name): rows for name, rows in of_batches.rows.items()}
-            parts |= {sae: own.state() for sae, own in learners.items()}
+        held = {_rows_of(name): rows for name, rows in of_batches.rows.items()}
+        held |= {sae: own.state() for sae, own in learners.items()}
+        parts |= {
+            name: tensors
+            for name, tensors in held.items()
+            if self.writes is None or name.removeprefix(f"{_BATCHES}.") in self.writes
+        }
         state = {
             "step": step,
             "config": self.config,

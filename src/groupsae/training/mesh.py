@@ -79,14 +79,3 @@ class Mesh:
     def share(self, tokens: int) -> int:
         """Tokens of a batch that one process learns from."""
         return -(-tokens // self.data)
-
-    def forwards_in_turn(self, forwards: float) -> float:
-        """Forwards that one process runs after another in a step, on average.
-
-        Args:
-            forwards: That a step takes; less than one where one forward serves several steps. A
-                forward is not divided.
-        """
-        fewer = int(forwards)
-        more = forwards - fewer  # the share of steps that take one forward more
-        return (1 - more) * -(-fewer // self.devices) + more * -(-(fewer + 1) // self.devices)

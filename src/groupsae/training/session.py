@@ -196,19 +196,20 @@ def train_entries(
     if start is not None and (passed := start.go_on(cached or stream)):
         _log.info("the text of %s continues after %s tokens", start.path, f"{passed:,}")
     slots = _slots(mixtures)
-    memory = MemoryAccount.of_widths(
-        training,
-        [sae.config.d_sae for sae in saes.values()],
-        slots=[
-            len(mixtures[slot].layers) if training.layer_sampling == "all" else 1
-            for slot, names in slots.items()
-            if not saes.keys().isdisjoint(names)
-        ],
-        d_model=host.d_model,
-        context_length=stream.context_length,
-        host=host_bytes(host),
-    )
-    _log.info("memory: %s", memory)
+    if saes:  # there may be more processes than SAEs
+        memory = MemoryAccount.of_widths(
+            training,
+            [sae.config.d_sae for sae in saes.values()],
+            slots=[
+                len(mixtures[slot].layers) if training.layer_sampling == "all" else 1
+                for slot, names in slots.items()
+                if not saes.keys().isdisjoint(names)
+            ],
+            d_model=host.d_model,
+            context_length=stream.context_length,
+            host=host_bytes(host),
+        )
+        _log.info("memory: %s", memory)
     if host.device.type == "cpu":
         keep_freed_memory()
     ahead = 2 * team.size * training.host_batch_contexts
@@ -250,7 +251,7 @@ def train_entries(
         training.checkpoints_kept,
         in_background=training.checkpoint_in_background,
         team=team,
-        writes=mesh.row(team.rank) == 0,
+        writes=saes.keys() if mesh.row(team.rank) == 0 else (),
     )
     begun = checkpoints.step()
     tracker = open_tracker(training.tracker, directory, begun, config) if team.first else _untold()
