@@ -109,7 +109,7 @@ class Demand:
             host=host.weights,
         )
         average = account.saes if training.weight_average is not None else 0
-        checkpointed = account.saes + account.moments + account.counters + average + account.buffer
+        checkpointed = account.checkpoint + average
         on_cpu = setting.device is not None and setting.device.is_cpu
         copies = training.checkpoint_in_background or not (on_cpu or setting.device is None)
         per_sae = (account.saes + account.moments + account.counters + average) // own_saes

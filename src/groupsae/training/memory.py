@@ -120,6 +120,11 @@ class MemoryAccount:
         """All of it."""
         return sum(getattr(self, part.name) for part in fields(self) if part.name != "n_saes")
 
+    @property
+    def checkpoint(self) -> int:
+        """What a checkpoint copies, and holds in the machine's memory until it is written."""
+        return self.saes + self.moments + self.buffer + self.counters
+
     def __str__(self) -> str:
         """The account in one line, in decimal units."""
         saes = "one SAE" if self.n_saes == 1 else f"{self.n_saes} SAEs"

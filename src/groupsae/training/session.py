@@ -31,7 +31,7 @@ from groupsae.training.batches import Affine, MixedBatches, NormLimit
 from groupsae.training.checkpoint import Checkpoints
 from groupsae.training.exchange import RowExchange, SharedContexts, SharedStep
 from groupsae.training.learner import Learner
-from groupsae.training.memory import MemoryAccount, host_bytes
+from groupsae.training.memory import MemoryAccount, host_bytes, size
 from groupsae.training.mesh import Mesh
 from groupsae.training.start import Start, open_start, text_read
 from groupsae.training.team import Team
@@ -209,7 +209,10 @@ def train_entries(
             context_length=stream.context_length,
             host=host_bytes(host),
         )
-        _log.info("memory: %s", memory)
+        copied = ""
+        if training.checkpoint_in_background and training.steps > training.checkpoint_every:
+            copied = f"; {size(memory.checkpoint)} more while a checkpoint is written"
+        _log.info("memory: %s%s", memory, copied)
     if host.device.type == "cpu":
         keep_freed_memory()
     ahead = 2 * team.size * training.host_batch_contexts

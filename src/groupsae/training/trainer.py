@@ -60,7 +60,7 @@ def train(
     start, seconds_before = checkpoints.restore(learners, batches)
     began = time.monotonic() - seconds_before
     total = config.steps * config.batch_tokens
-    said = 0  # batches that were left out, of the SAE that lost most
+    dropped = _Dropped()
     with (
         progress("train", total) as bar,
         stopping_on_signals() as request,
@@ -79,25 +79,19 @@ def train(
 
             note = ""
             if step % config.log_every == 0 or step == config.steps:
+                found = _metrics(learners, team)
                 seconds = round(time.monotonic() - began, 3)
                 when = {"step": step, "tokens": step * config.batch_tokens, "seconds": seconds}
-                found = _metrics(learners, team)
-                dropped = _Dropped.of(found, batches, team)
-                if said < dropped.batches <= config.max_dropped_batches:
-                    _log.warning("%s; training goes on without them", dropped)
-                said = dropped.batches
                 for name, metrics in found.items():
                     log({"sae": name} | when | metrics)
                 fvu = sum(metrics["fvu"] for metrics in found.values()) / len(found)
                 note = f"mean FVU of {len(found)} SAEs {fvu:.4f}"
-                if team.size > 1:
-                    checkpoints.check()
+                dropped = dropped.now(found, batches, team, config.max_dropped_batches)
             bar.advance(config.batch_tokens, note)
 
-            too_many = said > config.max_dropped_batches
-            number = team.largest(request.signal or 0)
-            due = step % config.checkpoint_every == 0 or number or too_many
-            if due and step < config.steps:
+            too_many = dropped.batches > config.max_dropped_batches
+            signal = team.largest(request.signal or 0)
+            if step < config.steps and (step % config.checkpoint_every == 0 or signal or too_many):
                 checkpoints.save(step, time.monotonic() - began, learners, batches)
             if too_many:
                 raise InputError(
@@ -105,9 +99,9 @@ def train(
                     "weights are those before; try host.dtype=float32, check the model's weights, "
                     "or allow more"
                 )
-            if number and step < config.steps:
-                raise Interrupted(Signals(number), step)
-            if team.size == 1:
+            if signal and step < config.steps:
+                raise Interrupted(Signals(signal), step)
+            if team.size == 1 or note:  # several processes wait for one another there
                 checkpoints.check()
 
 
@@ -119,16 +113,21 @@ class _Dropped:
         layers: Those that gave what is not finite.
     """
 
-    sae: str
-    batches: int
-    layers: tuple[int, ...]
-    host: str
+    sae: str = ""
+    batches: int = 0
+    layers: tuple[int, ...] = ()
+    host: str = ""
 
-    @classmethod
-    def of(cls, metrics: Mapping[str, Record], batches: MixedBatches, team: Team) -> _Dropped:
+    def now(
+        self, metrics: Mapping[str, Record], batches: MixedBatches, team: Team, allowed: int
+    ) -> _Dropped:
+        """By the metrics of all SAEs; more than before, if they are allowed, are warned of."""
         sae = max(metrics, key=lambda name: metrics[name]["dropped"])
         layers = sorted({layer for own in team.gather(batches.not_finite()) for layer in own})
-        return cls(sae, metrics[sae]["dropped"], tuple(layers), batches.host.name)
+        found = _Dropped(sae, metrics[sae]["dropped"], tuple(layers), batches.host.name)
+        if self.batches < found.batches <= allowed:
+            _log.warning("%s; training goes on without them", found)
+        return found
 
     def __str__(self) -> str:
         cause = "gradients were NaN or infinite"
