@@ -209,10 +209,9 @@ def train_entries(
             context_length=stream.context_length,
             host=host_bytes(host),
         )
-        copied = ""
+        _log.info("memory: %s", memory)
         if training.checkpoint_in_background and training.steps > training.checkpoint_every:
-            copied = f"; {size(memory.checkpoint)} more while a checkpoint is written"
-        _log.info("memory: %s%s", memory, copied)
+            _log.info("memory: %s more while a checkpoint is written", size(memory.checkpoint))
     if host.device.type == "cpu":
         keep_freed_memory()
     ahead = 2 * team.size * training.host_batch_contexts
