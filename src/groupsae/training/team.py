@@ -8,6 +8,7 @@ message that names it.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import socket
@@ -143,6 +144,7 @@ def team() -> Iterator[Team]:
         made.wait()
     finally:
         heart.stop()
+        gc.collect()  # a process group that something still refers to may not be ended after this
         with contextlib.suppress(RuntimeError):  # of partners that are gone
             dist.destroy_process_group()
 
