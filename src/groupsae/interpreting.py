@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from groupsae.sae import SAE, directory_name
 log = logging.getLogger(__name__)
 
 _SHEET_LATENTS = 96  # of each SAE and layer, as in the paper
+_SAE_KEYS = ("partition", "groups_total", "layer")  # what tells which SAE a row is about
 
 
 class Interpretation:
@@ -255,19 +256,11 @@ class Interpretation:
             for pair in stratum.pairs:
                 yield pair.sae, pair.latent
                 yield pair.baseline, pair.baseline_latent
-        by_subject = {(own.partition, own.groups_total): own.saes for own in self.shown}
-        named = [
-            entry
-            for path in sorted((self.run.directory / "evaluation" / "circuits").glob("*.json"))
-            for entry in read_json(path, strongest=list)["strongest"]
-        ]
-        truth = self.folder / "ground_truth.json"
-        if truth.exists():
-            named += [row for row in read_json(truth, rows=list)["rows"] if _is_of_trained(row)]
-        for entry in named:
-            of_layer = by_subject.get((entry["partition"], entry["groups_total"]), {})
-            if entry["layer"] in of_layer:
-                yield of_layer[entry["layer"]], entry["latent"]
+        for path in sorted((self.run.directory / "evaluation" / "circuits").glob("*.json")):
+            for place in self._places(read_json(path, strongest=list)["strongest"]):
+                yield place["sae"], place["latent"]
+        for place in self._captured():
+            yield place["sae"], place["latent"]
         sheet = draw_sheet(
             cache, self.shown, latents=_SHEET_LATENTS, seed=self.config.seed, of=self.key
         )
@@ -284,15 +277,27 @@ class Interpretation:
         for row in self._scored("explanation"):
             scores = {key: row[key] for key in ("explanation", "detection", "fuzzing")}
             rows.append(_place(row) | scores)
-        by_subject = {(own.partition, own.groups_total): own.saes for own in self.shown}
-        truth = self.folder / "ground_truth.json"
         captured = {}  # an SAE that two partitions share has its rows once
-        for row in read_json(truth, rows=list)["rows"] if truth.exists() else ():
-            if _is_of_trained(row):
-                sae = by_subject[row["partition"], row["groups_total"]][row["layer"]]
-                known = {key: row[key] for key in ("attribute", "auroc")}
-                captured[sae, row["layer"], row["attribute"]] = _place({**row, "sae": sae}) | known
+        for row in self._captured():
+            known = {key: row[key] for key in ("attribute", "auroc")}
+            captured[row["sae"], row["layer"], row["attribute"]] = _place(row) | known
         write_scores(self.folder / "browser", [*rows, *captured.values()])
+
+    def _captured(self) -> list[dict[str, Any]]:
+        """The best latent of each known attribute, by SAE and layer."""
+        path = self.folder / "ground_truth.json"
+        rows = read_json(path, rows=list)["rows"] if path.exists() else []
+        return self._places(row for row in rows if row["source"] == "trained")
+
+    def _places(self, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Rows about a partition's layers with the name of the "sae" there, where it is shown."""
+        saes = {
+            (own.partition, own.groups_total, layer): name
+            for own in self.shown
+            for layer, name in own.saes.items()
+        }
+        keyed = ((tuple(row[key] for key in _SAE_KEYS), row) for row in rows)
+        return [{**row, "sae": saes[key]} for key, row in keyed if key in saes]
 
     def _scored(self, kind: str) -> list[dict[str, Any]]:
         """The latents of a `scores.json`, if it is of this interpretation."""
@@ -324,10 +329,6 @@ class Interpretation:
 def _last_part(name: str) -> str:
     """Of a local path its last part: the pages may be published. Names on the hub stay."""
     return Path(name).name if Path(name).exists() or Path(name).is_absolute() else name
-
-
-def _is_of_trained(row: Mapping[str, Any]) -> bool:
-    return bool(row["source"] == "trained")
 
 
 def _place(row: Mapping[str, Any]) -> dict[str, Any]:
