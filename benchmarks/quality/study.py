@@ -12,10 +12,11 @@ from typing import Any
 
 from benchmarks.quality.plan import Session, sessions
 from groupsae.config import Config
-from groupsae.directory import read_json, write_json
+from groupsae.directory import read_json
 from groupsae.errors import InputError
 from groupsae.evaluation.reconstruction import evaluate_reconstruction
 from groupsae.evaluation.subject import Subject
+from groupsae.files import write_json
 from groupsae.grouping.matrix import Distances
 from groupsae.grouping.partition import amad, diameters
 from groupsae.grouping.table import PartitionTable, group_layers

@@ -9,12 +9,13 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from groupsae.directory import read_json, write_json
+from groupsae.directory import read_json
 from groupsae.errors import InputError
 from groupsae.evaluation.attribution import Effects
 from groupsae.evaluation.downstream import judge_task, task_effects
 from groupsae.evaluation.subject import Subject
 from groupsae.evaluation.tasks import Task, check_name, open_task
+from groupsae.files import write_json
 from groupsae.opened import OpenRun
 
 log = logging.getLogger(__name__)

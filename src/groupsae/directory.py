@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from groupsae.config import Config
 from groupsae.errors import InputError
-from groupsae.files import write_text
+from groupsae.files import write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -296,11 +296,6 @@ def read_json(path: Path, **kinds: Any) -> dict[str, Any]:
         except ValidationError as error:
             raise _damaged(path, f"'{key}': {error.errors()[0]['msg']}") from error
     return content
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write an artefact, whole or not at all."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def _chain(stage: str) -> list[str]:

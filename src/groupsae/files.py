@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -42,6 +44,11 @@ def write_text(path: Path, text: str) -> None:
     """Replace the content of `path`; errors as in :func:`replacing`."""
     with replacing(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace the content of `path` by what JSON holds; errors as in :func:`replacing`."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def append_text(path: Path, text: str) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from groupsae.config import Config
-from groupsae.directory import RunDirectory, write_json
+from groupsae.directory import RunDirectory
 from groupsae.errors import InputError
+from groupsae.files import write_json
 from groupsae.host.model import HostModel
 from groupsae.sae import SAE, directory_name
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from groupsae.directory import read_json, write_json
+from groupsae.directory import read_json
 from groupsae.errors import InputError
 from groupsae.evaluation.subject import Subject
-from groupsae.files import write_text
+from groupsae.files import write_json, write_text
 from groupsae.host.documents import BUNDLED
 from groupsae.interpretation import depth, latent_cache, logit_attribution, matching
 from groupsae.interpretation.annotation.scoring import score_files

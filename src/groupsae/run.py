@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 
 from groupsae.config import Config
-from groupsae.directory import read_json, stored_config, write_json
+from groupsae.directory import read_json, stored_config
 from groupsae.errors import InputError
+from groupsae.files import write_json
 from groupsae.opened import OpenRun, load_host
 from groupsae.planning import chosen_beforehand, grouped
 

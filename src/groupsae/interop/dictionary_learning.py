@@ -6,7 +6,6 @@ Facts of the format: dictionary-learning 0.1.0.
 from __future__ import annotations
 
 import io
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from groupsae.errors import InputError
-from groupsae.files import write_text
+from groupsae.files import write_json
 from groupsae.interop.fold import Folded, folded, training_options
 from groupsae.interop.metadata import OWN, Metadata, layer_of, settings_in
 from groupsae.interop.reading import checked, option, read_config, read_pickle
@@ -119,7 +118,7 @@ def write(folder: Path, sae: SAE, layer: int, metadata: Metadata) -> None:
     file = io.BytesIO()  # so that a full disk is an OSError, which torch.save's is not
     torch.save(weights, file)
     (folder / WEIGHTS_FILE).write_bytes(file.getbuffer())
-    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+    write_json(folder / CONFIG_FILE, config)
 
 
 def submodule_name(layer: int) -> str:

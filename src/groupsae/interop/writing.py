@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from groupsae.files import write_text
+from groupsae.files import write_json
 
 
 def write_config_and_weights(
@@ -18,4 +17,4 @@ def write_config_and_weights(
 ) -> None:
     """Write the weights, in float32, then the configuration."""
     save_file({name: one.float().contiguous() for name, one in weights.items()}, weights_path)
-    write_text(config_path, json.dumps(config, indent=2) + "\n")
+    write_json(config_path, config)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from groupsae.architectures import ARCHITECTURES, BY_BATCH, BY_COUNT, check_option
 from groupsae.errors import InputError
-from groupsae.files import replacing, write_text
+from groupsae.files import replacing, write_json
 from groupsae.sae.sparsity import Latents, batch_cut, positive, topk
 
 if TYPE_CHECKING:
@@ -380,7 +380,7 @@ class SAE(nn.Module):
         weights = {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}
         with replacing(directory / WEIGHTS_FILE) as aside:
             save_file(weights, aside)
-        write_text(directory / CONFIG_FILE, json.dumps(asdict(self.config), indent=2) + "\n")
+        write_json(directory / CONFIG_FILE, asdict(self.config))
 
     @classmethod
     def load(cls, directory: Path | str, device: str | torch.device = "cpu") -> SAE:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from groupsae.directory import write_json
+from groupsae.files import write_json
 from groupsae.interpretation.annotation.key import KEY_FILE, Key, KeyItem, read_key
 from groupsae.interpretation.annotation.marks import MARKS, Annotation, read_annotations
 from groupsae.interpretation.cards import Shown

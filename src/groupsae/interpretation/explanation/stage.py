@@ -8,7 +8,6 @@ in large language models").
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from urllib.parse import urlsplit
 
 from groupsae.config import ExplanationConfig
 from groupsae.errors import InputError
-from groupsae.files import write_text
+from groupsae.files import write_json
 from groupsae.interpretation.cards import Shown
 from groupsae.interpretation.explanation.answers import Answers
 from groupsae.interpretation.explanation.client import DEFINITIONS as OF_REQUESTS
@@ -110,7 +109,7 @@ def explain(
         "rows": mean_rows(shown, explained),
         "latents": latent_rows(explained),
     }
-    write_text(folder / SCORES_FILE, json.dumps(result, indent=2) + "\n")
+    write_json(folder / SCORES_FILE, result)
     return result
 
 
