@@ -232,7 +232,7 @@ def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(dictionary_learning, "write_text", full)
+    monkeypatch.setattr(dictionary_learning, "write_json", full)
     with pytest.raises(InputError, match="cannot be written: No space left on device"):
         export_saes({2: trained("topk")}, tmp_path, "dictionary-learning", METADATA)
     assert not list(tmp_path.iterdir())
