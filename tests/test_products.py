@@ -59,6 +59,13 @@ def test_views_that_are_not_contiguous(onednn):
     torch.testing.assert_close(linear(x, weight, bias).double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("outputs", "width"), [(0, 4), (3, 0)])
+def test_no_outputs_and_no_inputs(onednn, outputs, width):
+    bias = torch.randn(outputs)
+    found = linear(torch.randn(5, width), torch.randn(outputs, width), bias)
+    assert torch.equal(found, bias.expand(5, outputs) if width == 0 else torch.empty(5, 0))
+
+
 def test_gradients_and_other_dtypes_are_left_to_pytorch(onednn):
     x, weight, bias = matrices()
     weight.requires_grad_()

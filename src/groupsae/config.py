@@ -366,6 +366,11 @@ class TrainingConfig(_Section):
         description="of several processes (torchrun), how many share each SAE, every one learning "
         "from its share of the batch (topk alone); by default as many as leave none without one",
     )
+    latent_ranks: Count = Field(
+        1,
+        description="of several processes, over how many the latents of each SAE are divided, for "
+        "SAEs that do not fit one device (topk and batchtopk, without what layers learn)",
+    )
     layer_sampling: LayerSampling = Field(
         "uniform",
         description="which member layers a group sees of a token: one, drawn (paper); one, with "

@@ -69,6 +69,7 @@ _IRRELEVANT = (
     "training.checkpoint_in_background",
     "training.max_dropped_batches",
     "training.data_ranks",
+    "training.latent_ranks",
     "training.tracker",
     "circuits.batch_tokens",
 )

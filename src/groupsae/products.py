@@ -42,6 +42,7 @@ def linear(
     plain = (
         x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
+        and weight.numel() > 0
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
     )
     if plain and onednn_is_faster(torch.get_num_threads()):

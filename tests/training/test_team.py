@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -80,20 +81,21 @@ def prepared(tiny_host_folder, tiny_text, tmp_path_factory) -> Path:
     return run.directory
 
 
-def copy_of(prepared: Path, directory: Path, **training: object) -> Path:
+def copy_of(prepared: Path, directory: Path, sae: dict | None = None, **training: object) -> Path:
     shutil.copytree(prepared, directory)
     values = Run(directory).config.model_dump(mode="json")
     values["training"] |= training
+    values["sae"] |= sae or {}
     Run(directory, Config.parse(values))
     return directory
 
 
-def trained_alone(prepared: Path, directory: Path, **training: object) -> dict:
+def trained_alone(prepared: Path, directory: Path, **settings: object) -> dict:
     """By one process of one thread: what compute kernels give may depend on their number."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return weights(Run(copy_of(prepared, directory, **training)).train())
+        return weights(Run(copy_of(prepared, directory, **settings)).train())
     finally:
         torch.set_num_threads(threads)
 
@@ -170,6 +172,60 @@ def test_processes_that_share_batches_give_the_weights_of_one_to_rounding(prepar
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)
 
 
+# So few active ones that some latents are silent in the first batch: the later ones have AuxK.
+FEW = {"tokens": 1280, "dead_after_tokens": 200, "log_every": 2, "sae": {"k": 2}}
+
+
+def test_shards_of_latents_stop_together_and_any_number_goes_on(prepared, tmp_path):
+    few = FEW | {"sae": {"architecture": "batchtopk", **FEW["sae"]}}
+    trained_alone(prepared, tmp_path / "one", **few)
+    directory = copy_of(prepared, tmp_path / "shared", latent_ranks=3, **few)
+    one = {"directory": str(directory), "signal_at": 3, "signal_rank": 1}
+    code, output = work(3, tmp_path, what="train", runs=[{**one, "signal": int(signal.SIGUSR1)}])
+    assert code != 0
+    assert "stopped by SIGUSR1 after step 4" in output
+    written = {file.name for file in (directory / "checkpoints/step-000004").glob("layers-00-01.*")}
+    shards = ("0-16", "16-32", "32-48")
+    assert written == {f"layers-00-01.latents-{shard}.safetensors" for shard in shards}
+    for others in (2, 1):
+        resumed = copy_of(directory, tmp_path / f"resumed-{others}", latent_ranks=others)
+        if others > 1:
+            code, output = work(others, tmp_path, what="train", runs=[{"directory": str(resumed)}])
+            assert code == 0, output
+        assert_close(resumed, tmp_path / "one")
+
+
+def test_latents_and_batches_are_shared_together(prepared, tmp_path):
+    trained_alone(prepared, tmp_path / "one", **FEW)
+    assert any(line["auxk"] > 0 for line in metrics_of(tmp_path / "one"))
+    shared = [
+        copy_of(prepared, tmp_path / "latents", latent_ranks=4, **FEW),
+        copy_of(prepared, tmp_path / "both", latent_ranks=2, data_ranks=2, **FEW),
+        copy_of(prepared, tmp_path / "groups", latent_ranks=2, data_ranks=1, **FEW),
+    ]
+    runs = [{"directory": str(directory)} for directory in shared]
+    code, output = work(4, tmp_path, what="train", runs=runs)
+    assert code == 0, output
+    for directory in shared:
+        assert_close(directory, tmp_path / "one")
+
+
+def assert_close(directory: Path, expected: Path) -> None:
+    """Weights and metrics of a run; it is trained to its end where it is not."""
+    found, wanted = (weights(Run(run).train()) for run in (directory, expected))
+    assert found.keys() == wanted.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-3, atol=1e-5)
+    for ours, theirs in zip(metrics_of(directory), metrics_of(expected), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def metrics_of(directory: Path) -> list[dict]:
+    """But for the time, in one order."""
+    lines = map(json.loads, timeless(directory / "metrics.jsonl"))
+    return [{k: v for k, v in line.items() if k != "sae"} for line in sorted(lines, key=str)]
+
+
 def test_a_signal_to_one_stops_all_and_another_number_of_processes_goes_on(prepared, tmp_path):
     expected = trained_alone(prepared, tmp_path / "one")
     directory = copy_of(prepared, tmp_path / "stopped")
@@ -225,6 +281,13 @@ def test_the_command_line_in_two_processes(prepared, tmp_path):
         ({"training": {"max_norm_multiple": 5.0}}, r"training\.max_norm_multiple: 5\.0"),
         ({"training": {"data_ranks": 2}, "sae": {"architecture": "batchtopk"}}, "batchtopk"),
         ({"training": {"data_ranks": 3}}, "data_ranks: 3 does not divide 2"),
+        ({"training": {"latent_ranks": 3}}, "latent_ranks: 3 does not divide 2"),
+        ({"training": {"latent_ranks": 2}, "sae": {"architecture": "relu"}}, "not with relu"),
+        ({"training": {"latent_ranks": 2}, "sae": {"affine": "gain"}}, "not with gain"),
+        (
+            {"training": {"latent_ranks": 2}, "sae": {"d_sae": 48, "k": 32}},
+            r"leaves 24 of 48 latents to a process, .*latent_ranks=1 or less",
+        ),
     ],
 )
 def test_what_cannot_be_shared_is_refused(sections, message):
@@ -234,7 +297,7 @@ def test_what_cannot_be_shared_is_refused(sections, message):
     config = Config.parse(sections)
     entries = {entry.name: [entry] for entry in entries_of([(0, 1), (2,)], config)}
     with pytest.raises(InputError, match=message):
-        _mesh(Team(0, 2), entries, config.training)
+        _mesh(Team(0, 2), entries, config.training, d_model=16)
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=20), st.integers(1, 8))
@@ -248,11 +311,21 @@ def test_saes_are_dealt_evenly(costs, groups):
     assert max(loads) - min(loads) <= max(costs)  # the least loaded is given the next
 
 
-@given(st.integers(1, 6), st.integers(1, 6))
-def test_columns_have_all_ranks_once(data, groups):
-    mesh = Mesh(data, groups)
-    columns = [mesh.ranks(column) for column in range(groups)]
-    assert sorted(rank for column in columns for rank in column) == list(range(data * groups))
-    for column, ranks in enumerate(columns):
-        assert [mesh.column(rank) for rank in ranks] == [column] * data
-        assert [mesh.row(rank) for rank in ranks] == list(range(data))
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
+def test_every_process_has_a_place_of_its_own(data, groups, latents):
+    mesh = Mesh(data, groups, latents)
+    ranks = range(data * groups * latents)
+    assert mesh.devices == len(ranks)
+    places = {(mesh.row(r), mesh.column(r), mesh.shard(r)) for r in ranks}
+    assert places == set(itertools.product(range(data), range(groups), range(latents)))
+    for sharing, same in (
+        (mesh.sharing_batches(), lambda r: (mesh.column(r), mesh.shard(r))),
+        (mesh.sharing_latents(), lambda r: (mesh.column(r), mesh.row(r))),
+    ):
+        assert sorted(r for together in sharing for r in together) == list(ranks)
+        for together in sharing:
+            assert len({same(r) for r in together}) == 1
+    assert all(
+        [mesh.row(r) for r in together] == list(range(data)) for together in mesh.sharing_batches()
+    )
+    assert all([mesh.shard(r) for r in t] == list(range(latents)) for t in mesh.sharing_latents())

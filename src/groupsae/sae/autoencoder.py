@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -331,7 +331,10 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def fit_encoder(
-        self, x: Float[Tensor, "token d_model"], members: Int[Tensor, " token"] | None = None
+        self,
+        x: Float[Tensor, "token d_model"],
+        members: Int[Tensor, " token"] | None = None,
+        reconstruct: Callable[[Tensor, int], Tensor] | None = None,
     ) -> None:
         """Scale the encoder of a new SAE so that it reconstructs these normalised rows best.
 
@@ -342,15 +345,22 @@ class SAE(nn.Module):
 
         relu and gated, whose L0 nothing tells beforehand, start with short rows instead: an L1
         penalty then lets latents grow where they pay, and need not shrink all of them first.
+
+        Args:
+            reconstruct: Gives the reconstruction of the encoder's inputs by their k most active
+                latents, where this SAE is a shard and does not have them all.
         """
         if self.config.architecture in ("relu", "gated"):
             self.W_enc.mul_(_SHORT)
             return
         x, members = x[:_ENOUGH], None if members is None else members[:_ENOUGH]
-        pre_activations = F.linear(self.inputs(x, members), self.W_enc)
         active = self.config.k or round(self.config.target_l0 or self.config.d_sae)
-        latents = topk(pre_activations, max(min(active, self.config.d_sae), 1))
-        x_hat = self.decode_normalized(latents, members)
+        active = max(min(active, self.config.d_sae), 1)
+        inputs = self.inputs(x, members)
+        if reconstruct is None:
+            x_hat = self.decode_normalized(topk(F.linear(inputs, self.W_enc), active), members)
+        else:
+            x_hat = reconstruct(inputs, active)
         squares = x_hat.square().sum()
         factor = torch.where(squares > 0, (x * x_hat).sum() / squares, 1.0)
         self.W_enc.mul_(factor)

@@ -1,9 +1,9 @@
 """Checkpoints: written aside while training goes on, checked, renamed; an older one always exists.
 
 `step-000500/` holds `state.json` and safetensors files: one for the draws of batches, one for each
-part of the shuffle buffer, one for each SAE. Their checksums stand in `state.json`. Of several
-processes each writes what it has, and the first puts the whole in place: any number of processes
-can go on from it.
+part of the shuffle buffer, one for each SAE, or for each shard of its latents. Their checksums
+stand in `state.json`. Of several processes each writes what it has, and the first puts the whole in
+place: any number of processes can go on from it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,6 +29,7 @@ from groupsae.errors import InputError
 from groupsae.files import writing
 from groupsae.training.batches import MixedBatches, State
 from groupsae.training.learner import Learner
+from groupsae.training.shards import OF_LATENTS, Shard
 from groupsae.training.team import Team
 
 log = logging.getLogger(__name__)
@@ -48,8 +51,9 @@ class Checkpoints:
         in_background: Copy what is to be written, and write it while training goes on. Else
             training waits for the disk, and no copy is held.
         team: The processes that train together. All call the same methods in the same order.
-        writes: The SAEs, and mixtures of such names, that this process writes: each is written by
-            one of those that hold it. By default all that it holds.
+        writes: The SAEs, or shards of them, that this process writes: each is written by one of
+            those that hold it. By default all that it holds.
+        writes_rows: The mixtures whose part of the buffer it writes; likewise.
     """
 
     def __init__(
@@ -61,9 +65,11 @@ class Checkpoints:
         in_background: bool = True,
         team: Team | None = None,
         writes: Collection[str] | None = None,
+        writes_rows: Collection[str] | None = None,
     ) -> None:
         self.directory, self.config, self.kept = directory, config, kept
-        self.in_background, self.team, self.writes = in_background, team or Team(), writes
+        self.in_background, self.team = in_background, team or Team()
+        self.writes, self.writes_rows = writes, writes_rows
         self.seconds_waited = 0.0
         self._writer = ThreadPoolExecutor(1, "checkpoints")
         self._pending: _Pending | None = None
@@ -85,14 +91,15 @@ class Checkpoints:
         began = time.monotonic()
         self._settle()
         of_batches = batches.state()
-        parts = {_BATCHES: of_batches.draws} if self.team.first else {}
-        held = {_rows_of(name): rows for name, rows in of_batches.rows.items()}
-        held |= {sae: own.state() for sae, own in learners.items()}
-        parts |= {
-            name: tensors
-            for name, tensors in held.items()
-            if self.writes is None or name.removeprefix(f"{_BATCHES}.") in self.writes
-        }
+        parts: dict[str, Mapping[str, Tensor]] = {}
+        if self.team.first:
+            parts[_BATCHES] = of_batches.draws
+        for name, rows in of_batches.rows.items():
+            if self.writes_rows is None or name in self.writes_rows:
+                parts[_rows_of(name)] = rows
+        for name, learner in learners.items():
+            if self.writes is None or name in self.writes:
+                parts[_part(name, learner.shard)] = learner.state()
         state = {
             "step": step,
             "config": self.config,
@@ -146,7 +153,7 @@ class Checkpoints:
         draws = load_file(directory / _file(_BATCHES))
         batches.load_state(State(draws, rows, state["batches"]))
         for sae, learner in learners.items():
-            learner.load_state(load_file(directory / _file(sae)))
+            learner.load_state(_of_latents(directory, state["sha256"], sae, learner.shard))
         return step, state["seconds"]
 
     def step(self) -> int:
@@ -247,13 +254,54 @@ def _write(aside: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, 
     return sums
 
 
+def _of_latents(directory: Path, files: Iterable[str], sae: str, shard: Shard) -> dict[str, Tensor]:
+    """The state of a shard's latents of an SAE, from whatever shards it was written in."""
+    wanted = shard.latents
+    parts: dict[str, list[Tensor]] = {}
+    for held, file in _shards(sae, files, shard.whole.d_sae):
+        rows = slice(*(max(edge - held.start, 0) for edge in (wanted.start, wanted.stop)))
+        if not held[rows]:
+            continue
+        with safe_open(directory / file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 -- it is no dict
+                part = stored.get_slice(name)[rows] if _has_rows(name) else stored.get_tensor(name)
+                parts.setdefault(name, []).append(part)
+    return {n: torch.cat(found) if _has_rows(n) else found[0] for n, found in parts.items()}
+
+
+def _has_rows(name: str) -> bool:
+    """Whether a tensor of an SAE's state has a row for each latent, by its name."""
+    words = name.split(".")
+    return name == "silent_tokens" or (words[-1] != "step" and not OF_LATENTS.isdisjoint(words))
+
+
+def _shards(sae: str, files: Iterable[str], d_sae: int) -> list[tuple[range, str]]:
+    """The files of an SAE's state, and which latents each has, in their order."""
+    stem = _file(sae).removesuffix(".safetensors")
+    pattern = re.compile(re.escape(stem) + r"(?:\.latents-(\d+)-(\d+))?\.safetensors")
+    parts = []
+    for file in files:
+        if match := pattern.fullmatch(file):
+            start, stop = match.groups()
+            latents = range(d_sae) if start is None else range(int(start), int(stop))
+            parts.append((latents, file))
+    return sorted(parts, key=lambda part: part[0].start)
+
+
+def _part(sae: str, shard: Shard) -> str:
+    """What a shard's part of a checkpoint is called; as the SAE, if it is the whole."""
+    if shard.ranks is None:
+        return sae
+    return f"{sae}.latents-{shard.latents.start}-{shard.latents.stop}"
+
+
 def _rows_of(name: str) -> str:
     """What the part of the buffer that a mixture has is called."""
     return f"{_BATCHES}.{name}"
 
 
 def _file(name: str) -> str:
-    """The file of an SAE's state, or of the batches': `baseline.layers-03.safetensors`."""
+    """The file of a part of a checkpoint: `baseline.layers-03.safetensors`."""
     return f"{re.sub(r'[/]', '.', name)}.safetensors"
 
 

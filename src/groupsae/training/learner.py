@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 from groupsae.config import TrainingConfig
 from groupsae.sae import SAE
 from groupsae.sae.kernels import Step, StepResult, choose
+from groupsae.sae.kernels.sharded import reconstruct
 from groupsae.sae.kernels.update import normalize_decoder
 from groupsae.training.recipe import Recipe
+from groupsae.training.shards import Shard
 
 _ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
 _CUT_DECAY = 0.9  # of the running mean of the batches' cuts: one cut is of thousands of activations
@@ -37,6 +40,7 @@ class Learner:
         fit_encoder: bool = False,
         fit_thresholds: bool = False,
         shared: Callable[[Step], Step] | None = None,
+        shard: Shard | None = None,
     ) -> None:
         """Prepare to train `sae`.
 
@@ -44,11 +48,13 @@ class Learner:
             fit_encoder, fit_thresholds: Begin by fitting them to the first batch: see
                 :meth:`SAE.fit_encoder`, :meth:`SAE.fit_thresholds`.
             shared: Makes of the kernel's step one that several processes take together.
+            shard: Which latents `sae` has, where it is a part of one that several processes hold.
         """
         self.sae, self.config = sae, config
+        self.shard = shard or Shard(sae.config)
         self._fit_encoder, self._fit_thresholds = fit_encoder, fit_thresholds
-        self.recipe = Recipe.of(config, sae.config)
-        self._kernel = choose(config.kernel, sae.W_enc.device)
+        self.recipe = Recipe.of(config, self.shard.whole)
+        self._kernel = choose(config.kernel, sae.W_enc.device, self.shard.ranks)
         self._step = self._kernel.step if shared is None else shared(self._kernel.step)
         self._parameters = dict(sae.named_parameters())
         recipe = self.recipe
@@ -143,8 +149,11 @@ class Learner:
         self._sums = {}
         self._steps_summed.zero_()
         rate = self._adam.param_groups[0]["lr"]
-        dead = float(self._dead().float().mean())
-        return {**means, "dead": dead, "lr": rate, "dropped": self.n_dropped}
+        dead = self._dead().sum()
+        if self.shard.ranks is not None:
+            dead = self.shard.ranks.sum(dead)
+        share = int(dead) / self.shard.whole.d_sae
+        return {**means, "dead": share, "lr": rate, "dropped": self.n_dropped}
 
     def state(self) -> dict[str, Tensor]:
         """Everything that determines the steps to come."""
@@ -218,7 +227,9 @@ class Learner:
         finite = x.isfinite().all(1)
         x, members = x[finite], None if members is None else members[finite]
         if self._fit_encoder and len(x):
-            self.sae.fit_encoder(x, members)
+            ranks = self.shard.ranks
+            of_all = None if ranks is None else partial(reconstruct, self.sae, ranks)
+            self.sae.fit_encoder(x, members, of_all)
         if self._fit_thresholds and len(x):
             self.sae.fit_thresholds(x, members)
 

@@ -10,57 +10,78 @@ from groupsae.errors import InputError
 
 @dataclass(frozen=True)
 class Mesh:
-    """Processes in `data` rows of `groups` each.
+    """Processes in `data` rows of `groups` places, each place of `latents` processes.
 
-    SAEs are dealt over the processes of a row. All processes of a column train the same SAEs, each
-    on its share of every batch, and sum their gradients. Every process holds the whole host model
-    and runs forwards in turn with the others.
+    SAEs are dealt over the places of a row. The places of a column train the same SAEs, each on its
+    share of every batch, and sum their gradients. The processes of a place, neighbours in rank,
+    hold a shard of the latents of each of its SAEs. Every process holds the whole host model and
+    runs forwards in turn with the others.
 
     Attributes:
-        data: How many processes share each SAE.
+        data: How many places share each SAE's batches.
         groups: Over how many the SAEs are dealt.
+        latents: Over how many processes the latents of each SAE are divided.
     """
 
     data: int
     groups: int
+    latents: int = 1
 
     @classmethod
-    def of(cls, devices: int, n_saes: int, data: int | None = None) -> Mesh:
+    def of(cls, devices: int, n_saes: int, data: int | None = None, latents: int = 1) -> Mesh:
         """The mesh of so many processes.
 
         Args:
-            data: How many share each SAE; by default as many as leave none without one.
+            data: How many share each SAE's batches; by default as many as leave none without one.
+            latents: Over how many the latents of each are divided.
 
         Raises:
-            InputError: `data` does not divide them.
+            InputError: `latents`, or the two together, do not divide them.
         """
-        if data is None:
-            wanted = min(devices, n_saes)
-            divisors = (d for d in range(devices, 0, -1) if devices % d == 0)
-            data = next(d for d in divisors if devices // d >= wanted)
-        if devices < 1 or devices % data:
+        if devices < 1 or devices % latents:
             raise InputError(
-                f"training.data_ranks: {data} does not divide {devices} devices; the mesh has "
-                "data_ranks rows of equal length"
+                f"training.latent_ranks: {latents} does not divide {devices} devices; each SAE is "
+                "held by latent_ranks of them"
             )
-        return cls(data, devices // data)
+        places = devices // latents
+        if data is None:
+            wanted = min(places, n_saes)
+            divisors = (d for d in range(places, 0, -1) if places % d == 0)
+            data = next(d for d in divisors if places // d >= wanted)
+        if places % data:
+            among = f"{devices} devices" if latents == 1 else f"{places} times {latents} devices"
+            raise InputError(
+                f"training.data_ranks: {data} does not divide {among}; the mesh has data_ranks "
+                "rows of equal length"
+            )
+        return cls(data, places // data, latents)
 
     @property
     def devices(self) -> int:
         """All of them."""
-        return self.data * self.groups
+        return self.data * self.groups * self.latents
 
     def column(self, rank: int) -> int:
         """Which SAEs a process trains."""
-        return rank % self.groups
+        return rank // self.latents % self.groups
 
     def row(self, rank: int) -> int:
         """Which share of a batch it takes."""
-        return rank // self.groups
+        return rank // (self.latents * self.groups)
 
-    def ranks(self, column: int) -> list[int]:
-        """The processes that train the same SAEs."""
-        return [row * self.groups + column for row in range(self.data)]
+    def shard(self, rank: int) -> int:
+        """Which latents it holds."""
+        return rank % self.latents
+
+    def sharing_batches(self) -> list[list[int]]:
+        """The processes that hold the same latents of the same SAEs, each group by row."""
+        step = self.groups * self.latents
+        return [list(range(first, self.devices, step)) for first in range(step)]
+
+    def sharing_latents(self) -> list[list[int]]:
+        """The processes that hold the shards of the same SAEs, each group by shard."""
+        firsts = range(0, self.devices, self.latents)
+        return [list(range(first, first + self.latents)) for first in firsts]
 
     def deal(self, costs: Mapping[str, float]) -> dict[str, int]:
         """The column of each SAE, so that they have about as much to do: the dearest go first."""

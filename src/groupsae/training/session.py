@@ -33,6 +33,7 @@ from groupsae.training.exchange import RowExchange, SharedContexts, SharedStep
 from groupsae.training.learner import Learner
 from groupsae.training.memory import MemoryAccount, host_bytes, size
 from groupsae.training.mesh import Mesh
+from groupsae.training.shards import Shard, ShardRanks, check_shards
 from groupsae.training.start import Start, open_start, text_read
 from groupsae.training.team import Team
 from groupsae.training.trackers import open_tracker
@@ -181,18 +182,21 @@ def train_entries(
     _check_entries(entries, config)
     training, team = config.training, team or Team()
     trained = {same[0].name: same for same in distinct(entries)}
-    mesh = _mesh(team, trained, training)
+    mesh = _mesh(team, trained, training, host.d_model)
     start = open_start(config, host)
     columns = mesh.deal(
         {name: same[0].config.sae.width(host.d_model) for name, same in trained.items()}
     )
-    saes: dict[str, SAE] = {}  # that this process trains
+    shared, ranks = _sharing(team, mesh)
+    saes: dict[str, SAE] = {}  # that this process trains, of each the latents that it holds
+    shards: dict[str, Shard] = {}
     mixtures: dict[str, Affine] = {}  # of all
     for name, same in trained.items():
         sae = new_sae(same[0].layers, moments, same[0].config, start)
         mixtures[name] = Affine(sae.layers, sae.mean, sae.scale).to(host.device)
         if columns[name] == mesh.column(team.rank):
-            saes[name] = sae.to(host.device)
+            shards[name] = Shard(sae.config, ranks)
+            saes[name] = shards[name].part_of(sae).to(host.device)
     if start is not None and (passed := start.go_on(cached or stream)):
         _log.info("the text of %s continues after %s tokens", start.path, f"{passed:,}")
     slots = _slots(mixtures)
@@ -242,18 +246,21 @@ def train_entries(
         seed=training.seed,
         exchange=exchange,
     )
-    shared = _shared(team, mesh)
     learners = {
-        name: new_learner(sae, trained[name][0].config, fresh=start is None, shared=shared)
+        name: new_learner(
+            sae, trained[name][0].config, fresh=start is None, shared=shared, shard=shards[name]
+        )
         for name, sae in saes.items()
     }
+    first_row = mesh.row(team.rank) == 0
     checkpoints = Checkpoints(
         directory / "checkpoints",
         key,
         training.checkpoints_kept,
         in_background=training.checkpoint_in_background,
         team=team,
-        writes=saes.keys() if mesh.row(team.rank) == 0 else (),
+        writes=saes.keys() if first_row else (),
+        writes_rows=saes.keys() if first_row and mesh.shard(team.rank) == 0 else (),
     )
     begun = checkpoints.step()
     tracker = open_tracker(training.tracker, directory, begun, config) if team.first else _untold()
@@ -277,10 +284,11 @@ def train_entries(
     if team.first:
         shutil.rmtree(directory / "saes", ignore_errors=True)  # of another partition, where one was
     team.wait()
-    if mesh.row(team.rank) == 0:
+    if first_row:
         for name, sae in saes.items():
-            for entry in trained[name]:
-                sae.save(directory / "saes" / entry.name)
+            if (whole := shards[name].joined(sae)) is not None:
+                for entry in trained[name]:
+                    whole.save(directory / "saes" / entry.name)
     read = text_read(contexts) if team.first else {}
     return {
         "saes": [entry.name for same in trained.values() for entry in same],
@@ -316,7 +324,12 @@ def new_sae(
 
 
 def new_learner(
-    sae: SAE, config: Config, *, fresh: bool, shared: Callable[[Step], Step] | None = None
+    sae: SAE,
+    config: Config,
+    *,
+    fresh: bool,
+    shared: Callable[[Step], Step] | None = None,
+    shard: Shard | None = None,
 ) -> Learner:
     """Fits what a fresh SAE was not told to start with."""
     asked = config.sae
@@ -326,6 +339,7 @@ def new_learner(
         fit_encoder=fresh and asked.encoder_norm is None,
         fit_thresholds=fresh and asked.initial_threshold is None and asked.target_l0 is not None,
         shared=shared,
+        shard=shard,
     )
 
 
@@ -403,7 +417,9 @@ def _check_entries(entries: Sequence[Entry], config: Config) -> None:
                 )
 
 
-def _mesh(team: Team, trained: Mapping[str, Sequence[Entry]], training: TrainingConfig) -> Mesh:
+def _mesh(
+    team: Team, trained: Mapping[str, Sequence[Entry]], training: TrainingConfig, d_model: int
+) -> Mesh:
     """How the SAEs are dealt over the processes.
 
     Raises:
@@ -421,24 +437,34 @@ def _mesh(team: Team, trained: Mapping[str, Sequence[Entry]], training: Training
                     f"training.{key}: {value} goes with one process alone: what is drawn depends "
                     "on the rows before; leave it out, or start without torchrun"
                 )
-    mesh = Mesh.of(team.size, len(trained), data)
+    mesh = Mesh.of(team.size, len(trained), data, training.latent_ranks)
     if mesh.data > 1 and rules != {"topk"}:
         raise InputError(
             f"training.data_ranks: {mesh.data} goes with sae.architecture=topk alone, not with "
             f"{', '.join(sorted(rules - {'topk'}))}, which looks at the whole batch; set "
             "training.data_ranks=1"
         )
+    if mesh.latents > 1:
+        for same in trained.values():
+            check_shards(same[0].config.sae, d_model, mesh.latents)
     return mesh
 
 
-def _shared(team: Team, mesh: Mesh) -> Callable[[Step], Step] | None:
-    """What makes a step one of all processes of this one's column; None where it is alone."""
-    if mesh.data == 1:
-        return None
-    groups = team.groups([mesh.ranks(column) for column in range(mesh.groups)])
-    group = groups[mesh.column(team.rank)]
-    assert group is not None  # of several processes
-    return partial(SharedStep, group=group, row=mesh.row(team.rank), rows=mesh.data)
+def _sharing(team: Team, mesh: Mesh) -> tuple[Callable[[Step], Step] | None, ShardRanks | None]:
+    """What makes a step one of all that share this process's batches, where any do.
+
+    And those that hold the shards of its SAEs, where they are divided.
+    """
+    step = shards = None
+    by_batch, by_latents = mesh.sharing_batches(), mesh.sharing_latents()
+    for ranks, group in zip(by_batch, team.groups(by_batch), strict=True):
+        if group is not None and team.rank in ranks:
+            row = mesh.row(team.rank)
+            step = partial(SharedStep, group=group, row=row, rows=mesh.data)
+    for ranks, group in zip(by_latents, team.groups(by_latents), strict=True):
+        if group is not None and team.rank in ranks:
+            shards = ShardRanks(team, ranks, group)
+    return step, shards
 
 
 @contextmanager

@@ -6,6 +6,7 @@
 | torch | works on active latents only, in plain PyTorch, on any device (`sparse`) |
 | cpu | the same with its sparse parts and the update in C++, built at first use |
 | triton | the same for CUDA |
+| sharded | `torch` for one of the processes that a SAE's latents are divided over |
 
 The compiled ones take what their column in this table has; everything else is `torch`'s, and what
 is dense there is `reference`'s. "extras" are learned vectors of each member layer.
@@ -21,7 +22,7 @@ is dense there is `reference`'s. "extras" are learned vectors of each member lay
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -32,6 +33,9 @@ from groupsae.sae.autoencoder import SAE
 from groupsae.sae.kernels import reference, sparse
 from groupsae.sae.kernels.reference import StepResult
 from groupsae.sae.kernels.update import update
+
+if TYPE_CHECKING:
+    from groupsae.sae.kernels.sharded import Shards
 
 __all__ = ["Kernel", "Step", "StepResult", "Update", "choose"]
 
@@ -78,16 +82,26 @@ class Kernel(NamedTuple):
     update: Update
 
 
-def choose(name: str, device: torch.device) -> Kernel:
+def choose(name: str, device: torch.device, shards: Shards | None = None) -> Kernel:
     """The kernel of that name for SAEs on `device`.
 
     Args:
         name: One of the kernels above, or "auto": the compiled one where it can run, else torch.
             Triton's has not been run on a GPU yet and is taken only by its name.
+        shards: The processes that hold the shards of the SAE, where its latents are divided.
 
     Raises:
         InputError: A kernel was asked for by name that cannot run here.
     """
+    if shards is not None:
+        if name not in ("auto", "torch"):
+            raise InputError(
+                f"training.kernel={name} knows whole SAEs only; set training.kernel=torch, or "
+                "training.latent_ranks=1"
+            )
+        from groupsae.sae.kernels import sharded
+
+        return _kernel("sharded", sharded.ShardedStep(shards), sharded.ShardedUpdate(shards))
     if name == "reference":
         return _kernel(name, reference.step, update)
     if name == "torch":

@@ -7,7 +7,9 @@ alone. Nothing is approximated: latents, loss and gradients are those of `refere
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -27,6 +29,8 @@ from groupsae.sae.kernels.selection import (
     members_of,
 )
 from groupsae.sae.sparsity import Latents, l0_penalty
+
+Activate: TypeAlias = Callable[[Tensor, int], Tensor]
 
 _FEW = 4  # times k dead latents: up to there matrix products over all of them are quicker
 
@@ -59,7 +63,7 @@ def step(
         )
     latents = chosen.latents
     variance = (x - x.mean(0)).square().sum()
-    decoded = _Decoded.of(latents, sae.W_dec, sae.config.prefixes or (sae.config.d_sae,))
+    decoded = Decoded.of(latents, sae.W_dec, sae.config.prefixes or (sae.config.d_sae,))
     rows = decoded.rows + sae.b_dec
     gain = sae.of_member(sae.gain_out, members) if sae.config.learned_affine == "gain" else None
     residual = x.unsqueeze(1) - (rows if gain is None else rows * gain.unsqueeze(1))
@@ -82,7 +86,7 @@ def step(
         penalty = latents.values.sum(1).mean()
         at_values += sparsity_weight / len(x)
     at_values *= latents.values > 0
-    gradients |= _gradients(sae, x, inputs, members, decoded, bag_gradient, at_values)
+    gradients |= gradients_of(sae, x, inputs, members, decoded, bag_gradient, at_values)
     gradients["b_dec"] += b_dec
 
     auxk = x.new_zeros(())
@@ -106,7 +110,7 @@ def step(
 
 
 @dataclass(frozen=True)
-class _Decoded:
+class Decoded:
     """The sums of each token's active decoder rows up to the end of each prefix, and their graph.
 
     `bags` is the sum that each entry first enters: token * prefixes + prefix. With one prefix it
@@ -121,7 +125,7 @@ class _Decoded:
     @classmethod
     def of(
         cls, latents: Latents, W_dec: Float[Tensor, "latent d_model"], ends: tuple[int, ...]
-    ) -> _Decoded:
+    ) -> Decoded:
         values = latents.values.detach().requires_grad_()
         indices, tokens = latents.indices, len(latents.indices)
         if len(ends) == 1:
@@ -189,12 +193,12 @@ def at_thresholds(
     return penalty.detach(), gradient
 
 
-def _gradients(
+def gradients_of(
     sae: SAE,
     x: Float[Tensor, "token d_model"],
     inputs: Float[Tensor, "token d_model"],
     members: Int[Tensor, " token"] | None,
-    decoded: _Decoded,
+    decoded: Decoded,
     bag_gradient: Float[Tensor, "bag d_model"],
     at_values: Float[Tensor, "token k"],
 ) -> dict[str, Tensor]:
@@ -256,14 +260,15 @@ def _add_auxk(
     k, share = reference.auxk_size(sae.config.d_model, len(which))
     scale = 2 * share * weight / variance
     if len(which) <= _FEW * k:
-        squares = _add_dense_auxk(sae, inputs, residual, which, k, scale, gradients)
+        rows = chunk_rows(sae.b_enc[which])
+        squares = add_dense_auxk(sae, inputs, residual, which, k, scale, gradients, rows=rows)
         return share * squares / variance
     latents = encode(inputs, sae.W_enc[which], sae.b_enc[which], k)
     latents = Latents(latents.values, which[latents.indices])
-    decoded = _Decoded.of(latents, sae.W_dec, (sae.config.d_sae,))
+    decoded = Decoded.of(latents, sae.W_dec, (sae.config.d_sae,))
     error = decoded.rows[:, 0] - residual
     at_values = decoded.value_gradient(error * scale) * (latents.values > 0)
-    added = _gradients(sae, x, inputs, members, decoded, error * scale, at_values)
+    added = gradients_of(sae, x, inputs, members, decoded, error * scale, at_values)
     for name, gradient in added.items():
         gradients[name] += gradient
     return share * error.square().sum() / variance
@@ -293,18 +298,39 @@ def _add_auxk_by_autograd(
     return squares.detach()
 
 
-def _add_dense_auxk(
+def _largest(pre_activations: Float[Tensor, "token dead"], k: int) -> Float[Tensor, "token dead"]:
+    """Activations of the k most active latents; the others' are zero."""
+    values, indices = torch.topk(pre_activations, k, sorted=False)
+    return pre_activations.zero_().scatter_(1, indices, values.relu_())
+
+
+def _as_it_is(rows: Tensor) -> Tensor:
+    return rows
+
+
+def add_dense_auxk(
     sae: SAE,
     inputs: Float[Tensor, "token d_model"],
     residual: Float[Tensor, "token d_model"],
-    which: Int[Tensor, " latent"],
+    which: Int[Tensor, " dead"],
     k: int,
     scale: Float[Tensor, ""],
     gradients: dict[str, Tensor],
+    *,
+    rows: int,
+    activate: Activate = _largest,
+    total: Callable[[Tensor], Tensor] = _as_it_is,
 ) -> Float[Tensor, ""]:
     """The same by matrix products over all of `which`: quicker where they are few times k.
 
-    Returns the sum of squared errors.
+    Args:
+        rows: Tokens at a time.
+        activate: Gives the activations of the k most active latents, from pre-activations that it
+            may overwrite.
+        total: Makes of these latents' reconstruction that of all dead ones.
+
+    Returns:
+        The sum of squared errors.
     """
     W_enc, b_enc, W_dec = sae.W_enc[which], sae.b_enc[which], sae.W_dec[which]
     sums = {
@@ -313,12 +339,9 @@ def _add_dense_auxk(
         "W_dec": torch.zeros_like(W_dec),
     }
     squares = inputs.new_zeros(())
-    rows = chunk_rows(b_enc)
     for x, target in zip(torch.split(inputs, rows), torch.split(residual, rows), strict=True):
-        pre_activations = linear(x, W_enc, b_enc)
-        values, indices = torch.topk(pre_activations, k, sorted=False)
-        z = pre_activations.zero_().scatter_(1, indices, values.relu_())
-        error = linear(z, W_dec.T).sub_(target)
+        z = activate(linear(x, W_enc, b_enc), k)
+        error = total(linear(z, W_dec.T)).sub_(target)
         squares += error.square().sum()
         error *= scale
         z_gradient = linear(error, W_dec).mul_(z > 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -11,7 +13,12 @@ from groupsae.sae.autoencoder import SAE
 
 @torch.no_grad()
 def update(
-    sae: SAE, gradients: dict[str, Tensor], adam: torch.optim.Adam, *, gradient_clip: float
+    sae: SAE,
+    gradients: dict[str, Tensor],
+    adam: torch.optim.Adam,
+    *,
+    gradient_clip: float,
+    norm_of: Callable[[Mapping[str, Tensor]], Float[Tensor, ""]] | None = None,
 ) -> Float[Tensor, ""]:
     """Clip the gradients, remove what lies along decoder rows, step Adam, renormalise the rows.
 
@@ -23,14 +30,17 @@ def update(
         gradients: By parameter name.
         adam: The optimiser of this SAE's parameters.
         gradient_clip: Largest norm of all gradients together.
+        norm_of: Gives this norm from the gradients by name, where there are more than these.
 
     Returns:
         The gradients' norm before it was clipped. If that is not finite, nothing was moved.
     """
     for name, parameter in sae.named_parameters():
         parameter.grad = gradients[name]
-    clipped = [parameter for name, parameter in sae.named_parameters() if is_clipped(name)]
-    norm = torch.nn.utils.clip_grad_norm_(clipped, gradient_clip)
+    clipped = {name: weight for name, weight in sae.named_parameters() if is_clipped(name)}
+    own = {name: gradients[name] for name in clipped}
+    norm = torch.nn.utils.get_total_norm(own.values()) if norm_of is None else norm_of(own)
+    torch.nn.utils.clip_grads_with_norm_(clipped.values(), gradient_clip, norm)
     remove_parallel_component(sae)
     not_finite = norm.isfinite().logical_not()
     adam.found_inf = not_finite.float()  # type: ignore[attr-defined]  # a fused Adam stays then
