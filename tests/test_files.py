@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import os
 import resource
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from groupsae.errors import InputError
-from groupsae.files import append_text, replacing, write_text
+from groupsae.files import append_text, load_tensors, replacing, save_tensors, write_text
+from groupsae.sae import SAE, SAEConfig
 
 
 @pytest.fixture
@@ -82,3 +87,43 @@ def test_a_file_where_a_folder_is_wanted(tmp_path):
         InputError, match=r"file/a cannot be written: (Not a directory|File exists)"
     ):
         write_text(tmp_path / "file" / "a", "")
+
+
+@pytest.mark.parametrize("tensor", [torch.arange(3.0), np.arange(3.0, dtype=np.float32)])
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_tensors_may_be_read_by_whom_other_files_may(tmp_path, tensor, umask):
+    before = os.umask(umask)
+    try:
+        save_tensors({"a": tensor}, tmp_path / "a.safetensors")
+        (tmp_path / "text").write_text("")
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode for name in ("a.safetensors", "text")]
+    assert modes[0] == modes[1]
+    assert load_tensors(tmp_path / "a.safetensors")["a"].tolist() == [0, 1, 2]
+
+
+@pytest.fixture
+def nobody():
+    """Permissions hold: root is another user meanwhile."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    yield
+    if root:
+        os.seteuid(0)
+
+
+def test_tensors_that_may_not_be_read_are_not_called_missing(request):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to other users
+        Path(folder).chmod(0o755)
+        SAE(SAEConfig(d_model=4, d_sae=8, k=2, layers=(0,))).save(Path(folder))
+        weights = Path(folder) / "sae.safetensors"
+        weights.chmod(0)
+        request.getfixturevalue("nobody")
+        with pytest.raises(PermissionError):
+            load_tensors(weights)
+        with pytest.raises(InputError, match=r"sae\.safetensors cannot be read: Permission denied"):
+            SAE.load(folder)
+        if os.getuid() == 0:
+            os.seteuid(0)  # to remove it

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,39 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Replace the content of `path` by what JSON holds; errors as in :func:`replacing`."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def save_tensors(
+    tensors: Mapping[str, Any], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors, or arrays of numpy, as safetensors, with the permissions of any new file.
+
+    safetensors by itself lets nobody but the owner read what it writes.
+    """
+    import numpy as np
+
+    if any(isinstance(tensor, np.ndarray) for tensor in tensors.values()):
+        from safetensors.numpy import save_file
+    else:
+        from safetensors.torch import save_file
+    path.touch()
+    permissions = path.stat().st_mode
+    save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+    path.chmod(permissions)
+
+
+def load_tensors(path: Path, device: str = "cpu") -> dict[str, Any]:
+    """The tensors in a safetensors file.
+
+    Raises:
+        OSError: What the system says: safetensors calls missing what it may not read, too.
+        SafetensorError: It is damaged.
+    """
+    from safetensors.torch import load_file
+
+    path.open("rb").close()
+    tensors: dict[str, Any] = load_file(path, device=device)
+    return tensors
 
 
 def append_text(path: Path, text: str) -> None:

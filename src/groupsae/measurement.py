@@ -9,11 +9,10 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from groupsae.errors import InputError
-from groupsae.files import replacing
+from groupsae.files import load_tensors, replacing, save_tensors
 from groupsae.grouping.distance import LayerMoments, Moments
 from groupsae.grouping.matrix import Distances
 from groupsae.grouping.similarity import DISTANCES
@@ -101,7 +100,7 @@ def save_moments(moments: Moments, path: Path) -> None:
     tensors["layers"] = torch.tensor(moments.layers)
     tensors["tokens"] = torch.tensor(moments.tokens)
     with replacing(path) as aside:
-        save_file(tensors, aside)
+        save_tensors(tensors, aside)
 
 
 def load_moments(path: Path) -> Moments:
@@ -111,7 +110,7 @@ def load_moments(path: Path) -> Moments:
         InputError: The file is damaged.
     """
     try:
-        tensors = load_file(path)
+        tensors = load_tensors(path)
         return Moments(
             layers=tuple(tensors["layers"].tolist()),
             mean=tensors["mean"],

@@ -48,12 +48,11 @@ from typing import TypeAlias
 import torch
 from jaxtyping import Bool, Float, Float64, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from groupsae.errors import InputError
 from groupsae.evaluation.tasks import Pairs
-from groupsae.files import replacing
+from groupsae.files import replacing, save_tensors
 from groupsae.host.model import HostModel
 from groupsae.host.tokens import special_mask
 from groupsae.progress import progress
@@ -117,7 +116,7 @@ class Effects:
             "lengths": None if self.by_position is None else list(self.by_position),
         }
         with replacing(Path(path)) as aside:
-            save_file(tensors, aside, metadata={_METADATA: json.dumps(described)})
+            save_tensors(tensors, aside, metadata={_METADATA: json.dumps(described)})
 
     @classmethod
     def load(cls, path: Path | str) -> Effects:

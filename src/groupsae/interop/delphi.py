@@ -21,10 +21,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
-from safetensors.numpy import save_file
 
 from groupsae.errors import InputError
-from groupsae.files import replacing, write_text
+from groupsae.files import replacing, save_tensors, write_text
 from groupsae.interop.metadata import Metadata
 
 CONFIG_FILE = "config.json"
@@ -104,7 +103,7 @@ def write_delphi(
             for start, stop in pairwise(edges):
                 split = _split(cache.range(name, layer, start, stop), tokens.shape[1])
                 path = aside / f"{start}_{stop - 1}.safetensors"
-                save_file({**split._asdict(), "tokens": tokens}, path)
+                save_tensors({**split._asdict(), "tokens": tokens}, path)
             config = _config(name, tokens, metadata, splits)
             write_text(aside / CONFIG_FILE, json.dumps(config, indent=4) + "\n")
     return folders

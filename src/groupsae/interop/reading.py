@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from groupsae.errors import InputError
+from groupsae.files import load_tensors
 
 T = TypeVar("T")
 
@@ -67,7 +67,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         InputError: If it cannot be read.
     """
     try:
-        tensors: dict[str, Tensor] = load_file(path)
+        tensors: dict[str, Tensor] = load_tensors(path)
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{path} cannot be read as safetensors ({error}); fetch or export it again"

@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from groupsae.files import write_json
+from groupsae.files import save_tensors, write_json
 
 
 def write_config_and_weights(
     config_path: Path, config: Mapping[str, Any], weights_path: Path, weights: Mapping[str, Tensor]
 ) -> None:
     """Write the weights, in float32, then the configuration."""
-    save_file({name: one.float().contiguous() for name, one in weights.items()}, weights_path)
+    save_tensors({name: one.float().contiguous() for name, one in weights.items()}, weights_path)
     write_json(config_path, config)

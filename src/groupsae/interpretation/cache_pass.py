@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from safetensors import safe_open
-from safetensors.numpy import save_file
 from scipy.sparse import csr_array
 from torch import Tensor
 
 from groupsae.errors import InputError
-from groupsae.files import replacing, write_text
+from groupsae.files import replacing, save_tensors, write_text
 from groupsae.host.model import HostModel
 from groupsae.host.tokens import TokenStream
 from groupsae.interpretation.latent_cache import (
@@ -100,7 +99,7 @@ def write_latent_cache(
                 f"all {ids.size:,} tokens read for the latent cache are special ones, which are "
                 "left out; give more text, or set tokens.exclude_special=false"
             )
-        save_file({"tokens": ids}, aside / TOKENS_FILE)
+        save_tensors({"tokens": ids}, aside / TOKENS_FILE)
         manifest = Manifest(
             host=host.name,
             host_fingerprint=host.fingerprint(),
@@ -164,7 +163,7 @@ class _Growing:
         )
         by_latent = by_token.tocsc()  # a counting sort
         path = self.folder / f"shard-{len(self._shards)}.safetensors"
-        save_file(
+        save_tensors(
             {
                 "offsets": by_latent.indptr.astype(np.int64),
                 "positions": np.concatenate(self._where)[by_latent.indices],
@@ -210,8 +209,8 @@ class _Growing:
                     free += lengths
                 _describe(index, start, own, positions, activations)
                 block = {"positions": positions, "activations": activations}
-                save_file(block, self.folder / block_name(start, stop))
-        save_file(index, self.folder / INDEX_FILE)
+                save_tensors(block, self.folder / block_name(start, stop))
+        save_tensors(index, self.folder / INDEX_FILE)
         for path in self._shards:
             path.unlink()
         return Entry(

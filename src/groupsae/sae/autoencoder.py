@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from groupsae.architectures import ARCHITECTURES, BY_BATCH, BY_COUNT, check_option
 from groupsae.errors import InputError
-from groupsae.files import replacing, write_json
+from groupsae.files import load_tensors, replacing, save_tensors, write_json
 from groupsae.sae.sparsity import Latents, batch_cut, positive, topk
 
 if TYPE_CHECKING:
@@ -389,7 +388,7 @@ class SAE(nn.Module):
         """
         weights = {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}
         with replacing(directory / WEIGHTS_FILE) as aside:
-            save_file(weights, aside)
+            save_tensors(weights, aside)
         write_json(directory / CONFIG_FILE, asdict(self.config))
 
     @classmethod
@@ -405,7 +404,7 @@ class SAE(nn.Module):
             stored = json.loads((directory / CONFIG_FILE).read_text())
             sequences = {key: tuple(v) for key, v in stored.items() if isinstance(v, list)}
             config = SAEConfig(**{**stored, **sequences})
-            weights = load_file(directory / WEIGHTS_FILE, device=str(device))
+            weights = load_tensors(directory / WEIGHTS_FILE, device=str(device))
             start = torch.Generator()  # of weights to be overwritten; the global one stays
             sae = cls(config, mean=weights["mean"], scale=weights["scale"], generator=start)
             sae = sae.to(device)
@@ -414,6 +413,10 @@ class SAE(nn.Module):
             raise InputError(
                 f"{directory} holds no SAE: {Path(error.filename or '').name or WEIGHTS_FILE} is "
                 f"missing; give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
+            ) from error
+        except PermissionError as error:
+            raise InputError(
+                f"{error.filename} cannot be read: {error.strerror}; ask its owner for permission"
             ) from error
         except (
             SafetensorError,

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save_file
 from torch import Tensor
 
 from groupsae.errors import InputError
-from groupsae.files import replacing, write_text
+from groupsae.files import replacing, save_tensors, write_text
 from groupsae.host.model import HostModel
 from groupsae.host.tokens import TokenStream, special_mask
 from groupsae.progress import progress
@@ -115,7 +114,7 @@ class _NewShard:
         file = path / f"shard-{len(manifest.shards):06d}.safetensors"
         tensors = {IDS: self.input_ids} | {f"layers.{layer}": x for layer, x in self.rows.items()}
         with replacing(file) as aside:
-            save_file({name: tensor[: self.contexts] for name, tensor in tensors.items()}, aside)
+            save_tensors({name: tensor[: self.contexts] for name, tensor in tensors.items()}, aside)
         shard = Shard(
             file=file.name,
             contexts=self.contexts,

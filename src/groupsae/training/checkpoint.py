@@ -22,11 +22,10 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from groupsae.errors import InputError
-from groupsae.files import writing
+from groupsae.files import load_tensors, save_tensors, writing
 from groupsae.training.batches import MixedBatches, State
 from groupsae.training.learner import Learner
 from groupsae.training.shards import OF_LATENTS, Shard
@@ -149,8 +148,8 @@ class Checkpoints:
         directory = self._final(step)
         state = _read_state(directory)
         assert state is not None  # which `step` has just read
-        rows = {name: load_file(directory / _file(_rows_of(name))) for name in batches.held}
-        draws = load_file(directory / _file(_BATCHES))
+        rows = {name: load_tensors(directory / _file(_rows_of(name))) for name in batches.held}
+        draws = load_tensors(directory / _file(_BATCHES))
         batches.load_state(State(draws, rows, state["batches"]))
         for sae, learner in learners.items():
             learner.load_state(_of_latents(directory, state["sha256"], sae, learner.shard))
@@ -249,7 +248,7 @@ def _write(aside: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, 
     sums = {}
     for name, tensors in parts.items():
         path = aside / _file(name)
-        save_file(dict(tensors), path)
+        save_tensors(tensors, path)
         sums[path.name] = _flushed(path)
     return sums
 
