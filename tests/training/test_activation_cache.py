@@ -279,7 +279,7 @@ class TestWriting:
     def test_a_shard_is_whole_or_not_there(self, host, corpus, folder, tmp_path, monkeypatch):
         from groupsae.training import cache_writer
 
-        plain, times = cache_writer.save_file, []
+        plain, times = cache_writer.save_tensors, []
 
         def save(tensors, path):
             times.append(path)
@@ -288,7 +288,7 @@ class TestWriting:
                 raise OSError(28, "No space left on device")
             plain(tensors, path)
 
-        monkeypatch.setattr(cache_writer, "save_file", save)
+        monkeypatch.setattr(cache_writer, "save_tensors", save)
         with pytest.raises(InputError, match="No space left on device"):
             write(tmp_path / "cache", host, corpus)
         names = ["manifest.json", "shard-000000.safetensors", "shard-000001.safetensors"]

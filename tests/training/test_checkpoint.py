@@ -10,10 +10,11 @@ import threading
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from groupsae.config import TrainingConfig
 from groupsae.errors import InputError, Interrupted
+from groupsae.files import save_tensors
 from groupsae.sae import SAE, SAEConfig
 from groupsae.training.batches import MixedBatches
 from groupsae.training.checkpoint import Checkpoints
@@ -185,9 +186,9 @@ def test_a_disk_that_fills_up_costs_at_most_an_interval(host, corpus, tmp_path, 
         if ".step-000012" in str(path) and "baseline" in path.name:
             path.write_bytes(b"half a file")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save_file(tensors, path)
+        save_tensors(tensors, path)
 
-    monkeypatch.setattr("groupsae.training.checkpoint.save_file", full)
+    monkeypatch.setattr("groupsae.training.checkpoint.save_tensors", full)
     with pytest.raises(InputError, match=r"step-000012 cannot be written: No space left"):
         run(host, corpus, tmp_path / "full")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["step-000006"]
@@ -207,12 +208,12 @@ def test_a_checkpoint_holds_the_moment_it_was_asked_for(
     def slow(tensors, path):
         begun.set()
         assert go_on.wait(20) or not in_background
-        save_file(tensors, path)
+        save_tensors(tensors, path)
 
     learners, batches = learners_and_batches(host, corpus)
     learners["layers-00-01"].step(torch.randn(64, 32))
     expected = {key: t.clone() for key, t in learners["layers-00-01"].state().items()}
-    monkeypatch.setattr("groupsae.training.checkpoint.save_file", slow)
+    monkeypatch.setattr("groupsae.training.checkpoint.save_tensors", slow)
     if not in_background:
         go_on.set()
     checkpoints = Checkpoints(tmp_path, "this", in_background=in_background)
