@@ -26,12 +26,13 @@ from groupsae.planner.host import PlannedHost
 from groupsae.planner.plan import Plan
 from groupsae.planner.speed import Speed, StepTime
 from groupsae.sae import SAE, SAEConfig
+from groupsae.sae.kernels import choose, reference, sharded, sparse
 from groupsae.training.batches import MixedBatches
 from groupsae.training.checkpoint import Checkpoints
 from groupsae.training.learner import Learner
 from groupsae.training.memory import MemoryAccount, host_bytes, most_saes
 from groupsae.training.mesh import Mesh
-from groupsae.training.session import distinct, entries_of, twins_of
+from groupsae.training.session import distinct, entries_of, sae_config, twins_of
 
 LLAMA = [
     "preset=group-sae-v2",
@@ -69,7 +70,9 @@ def test_llama_s_memory_on_one_device_by_hand():
     assert demand.account.buffer == buffer
     assert demand.checkpoint == demand.copy == 30 * weights + 10 * d_sae * 8 + buffer
     assert demand.exchange == demand.received == demand.reduced == 0
-    assert demand.total == demand.account.total + demand.activations
+    # rows and sums of a step, of one SAE, with 12 numbers for each of its k activations
+    assert demand.step == 131_072 * 4 * (6.5 * d + 12 * 128)
+    assert demand.total == demand.account.total + demand.activations + demand.step
 
 
 def test_llama_s_memory_on_eight_devices_by_hand():
@@ -100,10 +103,97 @@ def test_more_devices_than_saes_share_them_by_data():
     assert demand.account.buffer == (262_144 + forward) * (4 * 4096 + 2)
     assert demand.received == 131_072 * 4096 * 4 * 7 // 8
     assert demand.reduced == weights * 2 * 3 // 4  # a ring: each rank sends 2 (n - 1) / n of it
+    # two more than the account's gradients are more than what a forward or a step holds
+    arrived = 8 * forward * 4096 * 4
+    assert demand.summed == 2 * weights > demand.step > demand.activations + demand.leaving
+    assert demand.total == demand.account.total + arrived + 2 * weights
     # beside the rows, the gradients in one piece and the weighted ones that it is made of
     assert demand.exchange == (2 + 8) * forward * 4096 * 4 + 2 * weights
     assert demand.checkpoint == 2 * (3 * weights + 131_072 * 8 + demand.account.buffer)
     assert demand.copy == demand.checkpoint // 2
+
+
+def test_latents_on_eight_devices_by_hand():
+    asked = [*LLAMA, "sae.expansion=128", "grouping.groups=1", "training.baseline=false"]
+    demand = Demand.of(setting_of(*asked, "training.latent_ranks=8", devices=8))
+    d, shard, batch, forward = 4096, 128 * 4096 // 8, 131_072, 16 * 1024
+    weights = 4 * (2 * d * shard + shard + d)  # the decoder's bias is whole
+    buffer = (262_144 + forward) * (4 * d + 2)
+    assert demand.mesh == Mesh(data=1, groups=1, latents=8)
+    assert demand.account.saes == demand.account.gradients == weights
+    assert demand.account.moments == 2 * weights
+    assert demand.account.counters == 8 * shard
+    assert demand.account.buffer == buffer  # whole on each
+    assert demand.copy == 3 * weights + 8 * shard + buffer
+    whole = 4 * (2 * d * 8 * shard + 8 * shard + d)
+    assert demand.checkpoint == 3 * whole + 8 * 8 * shard + buffer
+    assert demand.received == batch * d * 4 * 7 // 8
+    assert demand.reduced == 0
+    # 128 candidates to seven others, and twice (AuxK) a reconstruction by a ring
+    assert demand.joined == batch * (7 * 128 * 4 + 2 * 2 * 7 * d * 4 // 8)
+    assert demand.exchange == (1 + 8) * forward * d * 4 + 64 * 2**20
+
+
+def test_latents_and_batches_are_shared_at_the_same_time():
+    asked = [*LLAMA, "grouping.groups=2", "training.baseline=false", "training.latent_ranks=2"]
+    demand = Demand.of(setting_of(*asked, "training.auxk_weight=0", devices=8))
+    d, shard = 4096, 131_072 // 2
+    weights = 4 * (2 * d * shard + shard + d)
+    assert demand.mesh == Mesh(data=2, groups=2, latents=2)
+    assert demand.own_saes == 1
+    assert demand.reduced == weights  # 2 (2 - 1) / 2 of them
+    assert demand.joined == 65_536 * (128 * 4 + d * 4)  # of its half of the batch, without AuxK
+    assert demand.account.batch == 131_072 * (4 * d + 8)  # which it holds whole
+    assert demand.step == 65_536 * 4 * (6.5 * d + 12 * 128)
+
+
+def test_of_batchtopk_no_candidates_cross():
+    asked = [*LLAMA, "sae.architecture=batchtopk", "sae.k=128", "grouping.groups=1"]
+    asked += ["training.baseline=false", "training.latent_ranks=4"]
+    demand = Demand.of(setting_of(*asked, devices=8))
+    assert demand.mesh == Mesh(data=1, groups=2, latents=4)
+    assert demand.joined == 131_072 * 2 * 2 * 3 * 4096 * 4 // 4
+
+
+class CountedShards:
+    """One of some shards; what it sends by rings is counted, the others have what it has."""
+
+    index = 0
+
+    def __init__(self, count: int) -> None:
+        self.count, self.sent = count, 0.0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.sent += 2 * (self.count - 1) / self.count * tensor.nbytes
+        return tensor
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.sent += (self.count - 1) * tensor.nbytes
+        return tensor.expand(self.count, *tensor.shape).contiguous()
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_shard_s_step_sends_what_is_planned(architecture, ranks):
+    config = Config.parse(
+        {
+            "host": {"n_layers": 1, "d_model": 64},
+            "sae": {"d_sae": 1024, "k": 16, "architecture": architecture},
+            "training": {
+                "batch_tokens": 1000,
+                "buffer_tokens": 1000,
+                "latent_ranks": ranks,
+                "baseline": False,
+            },
+        }
+    )
+    demand = Demand.of(Setting(config, PlannedHost.of(config), (0,), 1, devices=ranks))
+    shards = CountedShards(ranks)
+    width = 1024 // ranks
+    shard = SAE(SAEConfig(d_model=64, d_sae=width, k=16, layers=(0,), architecture=architecture))
+    dead = torch.arange(width) < 32 // ranks  # d_model / 2 of all: AuxK needs no candidates
+    sharded.ShardedStep(shards)(shard, torch.randn(1000, 64), dead=dead)
+    assert shards.sent == pytest.approx(demand.joined, rel=0.01)
 
 
 def test_with_a_cache_no_rows_come_from_other_devices():
@@ -191,6 +281,32 @@ def test_more_devices_hold_no_more_saes_each_and_no_fewer_rows_on_the_way(settin
         assert more.reduced >= fewer.reduced
 
 
+@given(some_settings(), st.integers(1, 6), st.integers(0, 2), st.integers(0, 3))
+def test_more_latent_ranks_never_hold_more_latents_each(setting, others, few, times):
+    devices = others * 2 ** (few + times)
+
+    def divided(ranks: int) -> tuple[Demand, int]:
+        changes = {"latent_ranks": ranks, "kernel": "auto"}
+        training = setting.config.training.model_copy(update=changes)
+        sae = setting.config.sae.model_copy(update={"k": 1})
+        config = setting.config.model_copy(update={"training": training, "sae": sae})
+        own = replace(setting, config=config, devices=devices)
+        return Demand.of(own), own.shard
+
+    (fewer, of_fewer), (more, of_more) = divided(2**few), divided(2 ** (few + times))
+    d, d_sae = setting.host.d_model, setting.config.sae.d_sae
+    assert more.own_saes * (of_more - 1) < fewer.own_saes * of_fewer
+    # what is more is of bias vectors, which are not divided, and of latents that are left over
+    more_each = 4 * (more.own_saes - fewer.own_saes) * (2 * d + 1 + d)
+    assert more.account.saes <= fewer.account.saes + max(more_each, 0)
+    assert more.account.gradients <= fewer.account.gradients
+    assert more.account.buffer >= fewer.account.buffer
+    assert more.checkpoint == fewer.checkpoint
+    assert more.mesh.devices == devices
+    held = more.mesh.groups * more.own_saes * more.mesh.latents * of_more
+    assert held >= more.n_saes * d_sae
+
+
 @given(some_settings(), st.sampled_from(["d_sae", "batch", "buffer", "contexts"]))
 def test_smaller_sizes_never_need_more(setting, name):
     section, key = {
@@ -226,6 +342,11 @@ def test_a_mesh_is_of_equal_rows():
     assert Mesh.of(6, 10, data=3) == Mesh(data=3, groups=2)
     with pytest.raises(InputError, match=r"training\.data_ranks: 4 does not divide 6 devices"):
         Mesh.of(6, 10, data=4)
+
+
+def test_batches_that_cannot_be_shared_are_refused_as_in_training():
+    with pytest.raises(InputError, match=r"data_ranks: 2 goes with .* not with batchtopk"):
+        setting_of("training.data_ranks=2", "sae.architecture=batchtopk", devices=2)
 
 
 @pytest.mark.parametrize("asked", [{}, {"baseline": False}, {"also_groups": "all"}])
@@ -400,6 +521,76 @@ def test_a_checkpoint_s_files_are_as_large_as_planned(host, corpus, tmp_path, av
     assert written == pytest.approx(planned, rel=0.03)
 
 
+def live_of_a_step(config: Config) -> int:
+    """Bytes that the first SAE's step holds at its peak, without gradients."""
+    d_model = config.host.d_model
+    sae = SAE(sae_config(config, [0], d_model))
+    x = torch.randn(config.training.batch_tokens, d_model)
+    if sae.config.architecture == "jumprelu":
+        sae.fit_thresholds(x)
+    step = reference.step if config.training.kernel == "reference" else sparse.step
+    with LiveBytes() as live:
+        step(sae, x)
+    return live.peak - sum(weight.nbytes for weight in sae.parameters())
+
+
+@pytest.mark.parametrize(
+    ("sae", "kernel"),
+    [
+        ({"k": 16}, "torch"),
+        ({"k": 64}, "torch"),
+        ({"k": 16}, "reference"),
+        ({"architecture": "batchtopk", "k": 16}, "torch"),
+        ({"architecture": "matryoshka", "k": 16}, "torch"),
+        ({"architecture": "matryoshka", "k": 16, "prefix_shares": [0.5, 1]}, "torch"),
+        ({"architecture": "jumprelu", "target_l0": 16}, "torch"),
+        ({"architecture": "jumprelu", "target_l0": 16}, "reference"),
+        ({"architecture": "relu"}, "torch"),
+        ({"architecture": "gated"}, "torch"),
+    ],
+)
+def test_a_step_holds_at_most_what_is_planned(sae, kernel):
+    dense = kernel == "reference" or sae.get("architecture") in ("relu", "gated")
+    tokens = 1024 if dense else 8192
+    config = Config.parse(
+        {
+            "host": {"n_layers": 1, "d_model": 256},
+            "sae": {"d_sae": 2048, **sae},
+            "training": {
+                "batch_tokens": tokens,
+                "buffer_tokens": tokens,
+                "baseline": False,
+                "kernel": kernel,
+            },
+        }
+    )
+    planned = Demand.of(Setting(config, PlannedHost.of(config), (0,), 1)).step
+    assert 0.75 < live_of_a_step(config) / planned < 1.15
+
+
+def test_an_update_holds_at_most_what_is_planned():
+    config = Config.parse(
+        {
+            "host": {"n_layers": 1, "d_model": 512},
+            "sae": {"d_sae": 8192, "k": 16},
+            "training": {
+                "batch_tokens": 256,
+                "buffer_tokens": 256,
+                "baseline": False,
+                "kernel": "torch",
+            },
+        }
+    )
+    demand = Demand.of(Setting(config, PlannedHost.of(config), (0,), 1))
+    assert demand.step == demand.account.gradients
+    learner = Learner(SAE(sae_config(config, [0], 512)), config.training)
+    x, members = torch.randn(256, 512), torch.zeros(256, dtype=torch.long)
+    learner.step(x, members)  # from then on there are moments
+    with LiveBytes() as live:
+        learner.step(x, members)
+    assert 0.75 < live.peak / (demand.account.gradients + demand.step) < 1.1
+
+
 # Time
 
 
@@ -442,7 +633,7 @@ class Rounds:
     def __init__(self, size: int) -> None:
         self.size, self.forwards = size, []
 
-    def rows(self, computed, received) -> None:
+    def rows(self, computed, received, too_long) -> None:
         self.forwards.append(len(received))
         for rows in received:
             rows["0"].zero_()
@@ -482,6 +673,31 @@ def test_more_of_everything_takes_no_less_time(setting):
     assume(setting.config.training.layer_sampling != "all")
     times = [time(at_groups(setting, G)) for G in range(1, len(setting.layers) + 1)]
     assert times == sorted(times)
+
+
+def test_a_shard_s_step_by_hand():
+    asked = [*LLAMA, "grouping.groups=1", "training.baseline=false", "training.latent_ranks=8"]
+    setting = setting_of(*asked, devices=8)
+    time = StepTime.of(setting, Demand.of(setting), Speed.of_peaks(setting, DEVICES["h100"]))
+    d, shard, batch = 4096, 131_072 // 8, 131_072
+    product = 2 * d * shard / (0.4 * 66.9e12)
+    moved = (24 * 128 / 4 * d + 8 * shard) / (0.4 * 3.35e12)  # twice its share of the k latents
+    update = 120 * d * shard / (0.4 * 3.35e12)
+    assert time.saes == pytest.approx(update + batch * (product + moved))
+    sent = batch * (d * 4 * 7 / 8 + 7 * 128 * 4 + 2 * 2 * 7 / 8 * d * 4)
+    assert time.communication == pytest.approx(sent / (0.4 * 450e9))
+
+
+def test_shards_are_neighbours_where_nodes_are_full():
+    h100 = DEVICES["h100"]
+    assert h100.link_of(64) == h100.link_of(64, 16) == h100.link_of(64, 3) == h100.network
+    assert h100.link_of(64, 8) == h100.link_of(64, 2) == h100.link_of(6, 3) == h100.link
+    asked = [*LLAMA, "grouping.groups=8", "training.baseline=false", "training.latent_ranks=8"]
+    setting = setting_of(*asked, devices=64)
+    demand = Demand.of(setting)
+    time = StepTime.of(setting, demand, Speed.of_peaks(setting, h100))
+    seconds = demand.received / (0.4 * 50e9) + demand.joined / (0.4 * 450e9)
+    assert time.communication == pytest.approx(seconds)
 
 
 def test_a_dense_step_costs_the_paper_s_five_products():
@@ -531,6 +747,8 @@ def test_what_does_not_fit_is_refused_with_what_does(groupsae):
         ([*LLAMA, "grouping.groups=31"], "rtx4090", 64),
         ([*LLAMA, "grouping.groups=4", "host.dtype=float32"], "a100", 4),
         ([*LLAMA, "grouping.groups=2", "sae.d_sae=60000"], "l40s", 1),
+        ([*LLAMA, "grouping.groups=1", "training.baseline=false", "sae.expansion=128"], "h100", 8),
+        ([*LLAMA, "grouping.groups=1", "sae.expansion=256", "training.latent_ranks=2"], "h100", 8),
     ],
 )
 def test_every_proposal_fits_and_none_smaller_does(groupsae, asked, device, devices):
@@ -548,9 +766,50 @@ def test_every_proposal_fits_and_none_smaller_does(groupsae, asked, device, devi
             code, _, _ = groupsae("plan", *asked, *own, *command_line(fewer))
             assert code == 2, fewer
         if len(changes) == 1 and (match := re.fullmatch(r"(\S+=)(\d+)", changes[0])):
-            doubled = f"{match[1]}{2 * int(match[2])}"  # half as small a change
-            code, _, _ = groupsae("plan", *asked, *own, doubled)
-            assert code == 2, doubled
+            number = int(match[2])
+            half = number // 2 if "latent_ranks" in match[1] else 2 * number
+            code, _, _ = groupsae("plan", *asked, *own, f"{match[1]}{half}")
+            assert code == 2, half  # a change half as large
+
+
+def test_latents_are_divided_where_an_sae_is_too_large():
+    asked = [*FITS_ON_ONE_H100, "sae.expansion=128"]
+    setting = setting_of(*asked, devices=8)
+    assert nearest(setting)[0] == ("training.latent_ranks=2",)
+    larger = setting_of(*asked, "sae.expansion=256", devices=8)
+    assert nearest(larger)[0] == ("training.latent_ranks=4",)
+    learned = setting_of(*asked, "sae.affine=bias", devices=8)
+    alone = setting_of(*asked)
+    for other in (learned, alone):
+        assert nearest(other)
+        assert "latent_ranks" not in str(nearest(other))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["training.latent_ranks=3"], "training.latent_ranks: 3 does not divide 4 devices"),
+        (["training.latent_ranks=2", "training.data_ranks=4"], "training.data_ranks: 4"),
+        (["training.latent_ranks=2", "sae.architecture=relu", "sae.k=null"], "not with relu"),
+        (["training.latent_ranks=2", "sae.affine=gain"], "not with gain"),
+        (["training.latent_ranks=4", "sae.d_sae=500"], "set training.latent_ranks=3 or less"),
+    ],
+)
+def test_what_training_cannot_divide_is_not_planned(groupsae, asked, message):
+    sizes = ["host.n_layers=6", "host.d_model=64", "sae.d_sae=2048", "sae.k=128"]
+    code, _, err = groupsae("plan", *sizes, *asked, "--devices", 4)
+    assert code == 2
+    assert message in err
+
+
+@pytest.mark.parametrize("kernel", ["reference", "cpu", "triton"])
+def test_kernels_that_know_no_shards_are_refused_as_in_training(kernel):
+    with pytest.raises(InputError) as in_training:
+        choose(kernel, torch.device("cpu"), CountedShards(2))
+    asked = ["host.n_layers=6", "host.d_model=64", "training.latent_ranks=2"]
+    with pytest.raises(InputError) as planned:
+        setting_of(*asked, f"training.kernel={kernel}", devices=2)
+    assert str(planned.value) == str(in_training.value)
 
 
 def test_more_devices_are_proposed_though_very_many_do_not_fit():
@@ -559,6 +818,7 @@ def test_more_devices_are_proposed_though_very_many_do_not_fit():
         "grouping.groups=20",
         "training.baseline=false",
         "training.buffer_tokens=131072",
+        "training.batch_tokens=65536",
     ]
     setting = setting_of(*asked, "training.host_batch_contexts=4", "host.dtype=float32", devices=8)
     totals = [Demand.of(replace(setting, devices=n)).total for n in (8, 16, 1024)]
@@ -618,6 +878,18 @@ def test_a_plan_for_devices_is_printed_with_parts_and_times(groupsae):
     assert "disk: 3 checkpoints, one of them being written" in out
 
 
+def test_a_plan_says_over_how_many_latents_are_divided(groupsae):
+    asked = [*FITS_ON_ONE_H100, "grouping.groups=2", "training.latent_ranks=4"]
+    code, out, err = groupsae("plan", *asked, "--device", "h100", "--devices", 16)
+    assert code == 0, err
+    assert "memory for G = 2 on the fullest of 16 devices, with 1/4 of the latents of its" in out
+    assert "16 devices: 2 SAEs dealt over 2, each shared by 2, each divided over 4; every" in out
+    code, out, err = groupsae("plan", *asked, "training.data_ranks=1", "--devices", 16)
+    assert code == 0, err
+    assert "over 4, each divided over 4; every" in out
+    assert "8 only run the host model" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -638,7 +910,7 @@ def test_a_measured_plan_says_what_was_measured(groupsae, tiny_config, monkeypat
     assert code == 0, err
     assert re.search(r"time: measured on this machine in [\d.]+ s: a forward of \d+ contexts", out)
     assert "an SAE's step on 256 rows at d_sae = 48" in out
-    assert re.search(r"a step with G = 2 .*host [\d.]+ ms, SAEs [\d.]+ ms", out)
+    assert re.search(r"a step with G = 2 .*host [\d.,]+ m?s, SAEs [\d.,]+ m?s", out)
 
 
 def test_a_host_that_is_not_here_is_not_timed(groupsae, monkeypatch):
@@ -659,6 +931,15 @@ def test_a_host_without_weights_is_not_timed(groupsae, tmp_path, monkeypatch):
     code, out, err = groupsae("plan", *asked, "--measure")
     assert code == 0, err
     assert "is not here and was not timed" in " ".join(out.split())
+
+
+def test_a_shard_is_timed_by_its_width(monkeypatch):
+    monkeypatch.setattr(probe, "_SECONDS", 0.01)
+    asked = ["host.n_layers=4", "host.d_model=64", "host.device=cpu", "training.batch_tokens=256"]
+    asked += ["sae.d_sae=4096", "training.latent_ranks=4"]
+    speed = probe.measured(setting_of(*asked, devices=4, device=None))
+    assert "at d_sae = 1,024" in speed.source
+    assert "scaled" not in speed.source
 
 
 def test_a_large_sae_is_timed_smaller_and_scaled(monkeypatch):

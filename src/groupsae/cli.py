@@ -416,10 +416,14 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _config(inputs: list[str] | None) -> tuple[Config, Path | None]:
-    """The config that the arguments mean, and the run directory if they name one."""
+def _config(inputs: list[str] | None, into: Path | None = None) -> tuple[Config, Path | None]:
+    """The config that the arguments mean, and the run directory if they name one.
+
+    Args:
+        into: Where a run on the hub is fetched to; by default its cache.
+    """
     inputs = list(inputs or [])
-    target = local_directory(inputs.pop(0)) if inputs and "=" not in inputs[0] else None
+    target = local_directory(inputs.pop(0), into) if inputs and "=" not in inputs[0] else None
     extra = [text for text in inputs if "=" not in text]
     if extra:
         raise InputError(f"{extra[0]!r} is no KEY=VALUE; only the first argument may be a file")
@@ -482,8 +486,8 @@ def _open(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}: only `groupsae run` and `groupsae train` work "
             "in several processes; start this one without torchrun"
         )
-    config, directory = _config(inputs)
-    if directory is not None and out_directory is not None:
+    config, directory = _config(inputs, out_directory)
+    if directory is not None and out_directory not in (None, directory):
         raise InputError(f"give either the run directory {directory} or --out, not both")
     host = re.sub(r"[^\w.-]+", "-", Path(config.host.name).name).strip("-.") or "host"
     return Run(directory or out_directory or Path("runs") / host, config, redo=redo, team=team)

@@ -200,13 +200,13 @@ class OpenRun:
         )
 
 
-def local_directory(name: Path | str) -> Path:
-    """The folder of a run; `hub://USER/REPO[@REVISION]` is fetched first."""
+def local_directory(name: Path | str, into: Path | None = None) -> Path:
+    """The folder of a run; `hub://USER/REPO[@REVISION]` is fetched first, to `into` if given."""
     if not str(name).startswith("hub:/"):  # a Path has lost a slash
         return Path(name)
     from groupsae.interop.hub import open_hub_run
 
-    return open_hub_run(name)
+    return open_hub_run(name, into=into)
 
 
 def load_host(asked: HostConfig) -> HostModel:

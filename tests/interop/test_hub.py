@@ -14,6 +14,7 @@ import torch
 import yaml
 from huggingface_hub import constants
 
+from groupsae.cli import _open
 from groupsae.config import Config
 from groupsae.directory import RunDirectory
 from groupsae.errors import InputError
@@ -311,6 +312,19 @@ def test_a_copy_to_work_on_can_be_fetched(finished, hub, tmp_path):
     folder = download(REPO, into=tmp_path / "mine")
     assert folder == tmp_path / "mine"
     assert (folder / "saes").is_dir()
+
+
+def test_a_published_run_is_gone_on_with_in_a_folder_of_ones_own(finished, hub, tmp_path):
+    push(finished, REPO)
+    published, other = f"hub://{REPO}", "training.seed=5"
+    with pytest.raises(InputError, match="choose another directory with --out"):
+        _open([published, other], None, redo=False)
+    mine = tmp_path / "mine"
+    assert _open([published], mine, redo=False).directory == mine
+    asked = len(hub.requests)
+    (mine / "training.json").write_text("changed")
+    assert _open([published, other], mine, redo=True).config.training.seed == 5
+    assert (len(hub.requests), (mine / "training.json").read_text()) == (asked, "changed")
 
 
 def test_a_commit_can_be_named_and_one_that_is_not_there_is_refused(finished, hub):

@@ -87,7 +87,7 @@ def test_a_stopped_run_continues_to_the_same_bits(host, corpus, tmp_path, stop_a
     expected, _ = run(host, corpus, tmp_path / "whole", sampling=sampling)
     with pytest.raises(Stopped):
         run(host, corpus, tmp_path / "stopped", stop_at=stop_at, sampling=sampling)
-    assert Checkpoints(tmp_path / "stopped", "this").step() == stop_at // 6 * 6
+    assert Checkpoints(tmp_path / "stopped", "this").begun == stop_at // 6 * 6
     continued, records = run(host, corpus, tmp_path / "stopped", sampling=sampling)
     assert records[0]["step"] > stop_at // 6 * 6
     for name, tensor in weights(expected).items():
@@ -133,7 +133,7 @@ def test_whichever_file_is_damaged_is_named_and_an_older_checkpoint_continues(
         file.write_bytes({"truncated": content[:half], "flipped": content, "empty": b""}[damage])
     flipped_json = name == "state.json" and damage == "flipped"
     if not flipped_json:  # which may be as good as before
-        assert Checkpoints(copy, "this").step() == 12
+        assert Checkpoints(copy, "this").begun == 12
         assert f"step-000018 is damaged ({name}) and passed over" in caplog.text
 
 
@@ -171,7 +171,7 @@ def test_a_signal_ends_the_step_and_loses_nothing(host, corpus, tmp_path, monkey
         signal.signal(number, before)
     assert stopped.value.exit_code == 128 + number
     monkeypatch.undo()
-    assert Checkpoints(tmp_path / "stopped", "this").step() == 10
+    assert Checkpoints(tmp_path / "stopped", "this").begun == 10
     continued, _ = run(host, corpus, tmp_path / "stopped")
     for name, tensor in weights(expected).items():
         assert torch.equal(tensor, weights(continued)[name]), name
@@ -230,7 +230,7 @@ def test_a_checkpoint_holds_the_moment_it_was_asked_for(
 
 def test_checkpoints_of_another_config_are_never_continued(host, corpus, tmp_path):
     run(host, corpus, tmp_path)
-    assert Checkpoints(tmp_path, "other").step() == 0
+    assert Checkpoints(tmp_path, "other").begun == 0
     with pytest.raises(Stopped):
         run(host, corpus, tmp_path, config="other", stop_at=4)
     assert not list(tmp_path.iterdir())
@@ -240,7 +240,7 @@ def test_a_half_written_checkpoint_is_never_taken_for_one(tmp_path):
     aside = tmp_path / ".step-000030.tmp"
     aside.mkdir()
     (aside / "state.json").write_text(json.dumps({"step": 30}))
-    assert Checkpoints(tmp_path, "this").step() == 0
+    assert Checkpoints(tmp_path, "this").begun == 0
 
 
 def test_records_hold_one_line_per_sae_and_logged_step(host, corpus, tmp_path):
@@ -284,7 +284,7 @@ def test_too_many_end_the_run_and_the_good_weights_are_kept(host, corpus, tmp_pa
     with pytest.raises(InputError, match=r"max_dropped_batches=10: layer 1 .* 14 batches"):
         run(host, corpus, tmp_path)
     monkeypatch.undo()
-    assert Checkpoints(tmp_path, "this").step() == 16
+    assert Checkpoints(tmp_path, "this").begun == 16
     learners, batches = learners_and_batches(host, corpus)
     Checkpoints(tmp_path, "this").restore(learners, batches)
     assert all(t.isfinite().all() for t in weights(learners).values())

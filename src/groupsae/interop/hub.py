@@ -127,12 +127,15 @@ def download_saes(name: str | Path) -> Path:
     return _fetch(match["repository"], match["revision"], patterns, check) / folder
 
 
-def open_hub_run(name: str | Path, revision: str | None = None) -> Path:
+def open_hub_run(
+    name: str | Path, revision: str | None = None, *, into: Path | None = None
+) -> Path:
     """The run directory of `hub://USER/REPO`, fetched where it is not in the cache.
 
     Args:
         name: As a path, too, which has lost a slash.
         revision: Branch, tag or commit; or in the name, after an @.
+        into: A folder of one's own for it. Where this holds a run already, it stays as it is.
 
     Raises:
         InputError: As :func:`download`.
@@ -140,7 +143,9 @@ def open_hub_run(name: str | Path, revision: str | None = None) -> Path:
     match = _HUB.fullmatch(str(name))
     if match is None:
         raise InputError(f"{name} is no run on the hub; write it as hub://USER/REPO")
-    return download(match["repository"], revision or match["revision"])
+    if into is not None and (into / "config.yaml").exists():
+        return into
+    return download(match["repository"], revision or match["revision"], into=into)
 
 
 def _fetch(

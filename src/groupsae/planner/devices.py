@@ -44,9 +44,14 @@ class Device:
         """Whether it shares its memory with checkpoints' copies."""
         return self.name == "cpu"
 
-    def link_of(self, devices: int) -> float | None:
-        """Bytes per second and direction among so many devices; None where nothing states it."""
-        return self.link if devices <= _OF_A_NODE else self.network
+    def link_of(self, devices: int, neighbours: int | None = None) -> float | None:
+        """Bytes per second and direction among so many devices; None where nothing states it.
+
+        Args:
+            neighbours: Among the first so many of them, the next so many, and so on.
+        """
+        within = neighbours is not None and _OF_A_NODE % neighbours == 0
+        return self.link if devices <= _OF_A_NODE or within else self.network
 
 
 _DEVICES = (

@@ -47,7 +47,8 @@ def check_fit(setting: Setting) -> None:
     if not mends:
         raise InputError(
             f"{lack}. No {_MOST_CHANGES} changes of batch, buffer, contexts of a forward, "
-            "expansion, groups, baseline, precision or devices make it fit; take a smaller model"
+            "expansion, groups, baseline, latent_ranks, precision or devices make it fit; take a "
+            "smaller model"
         )
     raise InputError(f"{lack}. It fits with {'; or with '.join(mends)}")
 
@@ -80,7 +81,7 @@ class _Kind(NamedTuple):
     """Changes of one kind, from the smallest to the largest.
 
     Attributes:
-        steady: Whether a larger one never needs more memory.
+        steady: Whether a larger one never needs more memory, and is never refused.
     """
 
     changes: list[Change]
@@ -96,7 +97,10 @@ def _fits(setting: Setting, changes: Sequence[Change]) -> bool:
     for _, change in changes:
         setting = change(setting)
     assert setting.device is not None
-    return Demand.of(setting).fits(setting.device)
+    try:
+        return Demand.of(setting).fits(setting.device)
+    except InputError:  # SAEs or devices that cannot be divided so
+        return False
 
 
 def _kinds(setting: Setting) -> Iterator[_Kind]:
@@ -107,6 +111,10 @@ def _kinds(setting: Setting) -> Iterator[_Kind]:
         yield _Kind([_set("training", "baseline", False, "false")])
     if device.is_cpu and training.checkpoint_in_background:
         yield _Kind([_set("training", "checkpoint_in_background", False, "false")])
+    doubled = [training.latent_ranks * 2**i for i in range(1, setting.devices.bit_length())]
+    divided = [ranks for ranks in doubled if setting.devices % ranks == 0]
+    # A device has less of each SAE, but has more of them, with a buffer for each.
+    yield _Kind([_set("training", "latent_ranks", n) for n in divided], steady=False)
     for name, least in (("buffer_tokens", training.batch_tokens), ("host_batch_contexts", 1)):
         halves = _halves(getattr(training, name), least)
         yield _Kind([_set("training", name, value) for value in halves])
@@ -114,9 +122,10 @@ def _kinds(setting: Setting) -> Iterator[_Kind]:
     needed = max(sae.k or 0, sae.target_l0 or 0)
     if sae.d_sae is None:
         least = -(-int(needed) // setting.host.d_model)
-        yield _Kind([_set("sae", "expansion", v) for v in _halves(sae.expansion, max(least, 1))])
+        smaller = [_set("sae", "expansion", v) for v in _halves(sae.expansion, max(least, 1))]
     else:
-        yield _Kind([_set("sae", "d_sae", v) for v in _halves(sae.d_sae, max(int(needed), 1))])
+        smaller = [_set("sae", "d_sae", v) for v in _halves(sae.d_sae, max(int(needed), 1))]
+    yield _Kind(smaller, steady=setting.devices == 1)  # else shards may become too small
     if setting.config.grouping.partition is None:
         fewer = [_groups(G) for G in _halves(setting.G, 1)]
         yield _Kind(fewer, steady=False)  # fewer SAEs may be shared, and their gradients summed

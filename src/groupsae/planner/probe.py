@@ -53,13 +53,14 @@ def measured(setting: Setting) -> Speed:
     device = resolve_device(setting.config.host.device)
     forward_token, of_host = _forward(setting)
     step, step_row, of_sae = _sae_step(setting, device)
-    known = setting.device
+    known, ranks = setting.device, setting.config.training.latent_ranks
     return Speed(
         source=f"measured on this machine in {time.monotonic() - began:.1f} s: {of_host}; {of_sae}",
         forward_token=forward_token,
         step=step,
         step_row=step_row,
         link=None if known is None else known.link_of(setting.devices),
+        shard_link=None if known is None else known.link_of(setting.devices, ranks),
     )
 
 
@@ -90,14 +91,16 @@ def _forward(setting: Setting) -> tuple[float | None, str]:
 
 def _sae_step(setting: Setting, device: torch.device) -> tuple[float, float, str]:
     """Seconds of a step whatever its batch, and for each row; what was done."""
-    d_model = setting.host.d_model
-    d_sae = setting.config.sae.width(d_model)
+    d_model, d_sae = setting.host.d_model, setting.shard
     least = max(setting.config.sae.k or 1, int(setting.config.sae.target_l0 or 1))
     width = max(min(d_sae, _SAE_BYTES // (2 * d_model * _BYTES_PER_WEIGHT)), least)
     sae_section = setting.config.sae.model_copy(update={"d_sae": width})
     config = setting.config.model_copy(update={"sae": sae_section})
     sae = SAE(sae_config(config, [0], d_model)).to(device)
-    learner = Learner(sae, config.training)
+    training = config.training
+    if training.latent_ranks > 1:  # compiled kernels know whole SAEs only
+        training = training.model_copy(update={"kernel": "torch"})
+    learner = Learner(sae, training)
     many = min(_ROWS, config.training.batch_tokens)
     few = -(-many // 4)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from groupsae.architectures import BY_COUNT
 from groupsae.planner.demand import Demand, Setting
 from groupsae.planner.devices import Device
 
 UTILISATION = 0.4  # of every peak: what training steps of this kind are commonly seen to reach
 _UPDATE = 120  # bytes per weight of one matrix: clipping, projection, Adam and norms in PyTorch
+_UNEVEN = 2  # times its share of k that a shard works on: as much as the token with most there
 _GATHERED = 24  # bytes per active latent and dimension: rows read, and read and written as sums
 
 
@@ -20,9 +20,10 @@ class Speed:
     Attributes:
         source: Where they come from, in words.
         forward_token: Of the host model, for each token of a forward.
-        step: Of one SAE's step, whatever the batch.
-        step_row: Of one SAE's step, for each row of its batch.
+        step: Of one SAE's step, or of its shard's, whatever the batch.
+        step_row: Of that step, for each row of its batch.
         link: Bytes per second that a device sends or receives.
+        shard_link: The same among those that hold the latents of the same SAEs.
     """
 
     source: str
@@ -30,6 +31,7 @@ class Speed:
     step: float | None
     step_row: float | None
     link: float | None
+    shard_link: float | None = None
 
     @classmethod
     def of_peaks(cls, setting: Setting, device: Device) -> Speed | None:
@@ -41,13 +43,13 @@ class Speed:
         """
         if device.float32 is None or device.half is None or device.bandwidth is None:
             return None
-        sae, host = setting.config.sae, setting.host
-        d_model, d_sae = host.d_model, sae.width(host.d_model)
-        active = sae.k if sae.architecture in BY_COUNT else sae.target_l0
-        if setting.config.training.kernel == "reference" or active is None:
+        host, ranks = setting.host, setting.config.training.latent_ranks
+        d_model, d_sae = host.d_model, setting.shard
+        if setting.active is None:
             flops, gathered = 10 * d_model * d_sae, 0.0
         else:
-            flops, gathered = 2 * d_model * d_sae, _GATHERED * active * d_model
+            own = setting.active * min(_UNEVEN / ranks, 1)
+            flops, gathered = 2 * d_model * d_sae, _GATHERED * own * d_model
         scores = 2 * 4 * d_sae  # written and read
         peak = {8: None, 4: device.float32, 2: device.half}[host.number_bytes]
         forward = setting.cost.forward_flops
@@ -60,6 +62,7 @@ class Speed:
             step_row=flops / (UTILISATION * device.float32)
             + (gathered + scores) / (UTILISATION * device.bandwidth),
             link=_times(UTILISATION, device.link_of(setting.devices)),
+            shard_link=_times(UTILISATION, device.link_of(setting.devices, ranks)),
         )
 
 
@@ -76,19 +79,24 @@ class StepTime:
         """None where a part of it cannot be told."""
         training, mesh = setting.config.training, demand.mesh
         share = mesh.share(training.batch_tokens)
-        sent = demand.received + demand.reduced
+        sent, joined = demand.received + demand.reduced, demand.joined
         host = 0.0
         if training.activation_cache is None:
             if speed.forward_token is None:
                 return None
             # A round is a forward of each device; what a step leaves of it serves the next ones.
             host = training.batch_tokens / mesh.devices * speed.forward_token
-        if speed.step is None or speed.step_row is None or (sent and speed.link is None):
+        if speed.step is None or speed.step_row is None:
             return None
+        communication = 0.0
+        for crossing, link in ((sent, speed.link), (joined, speed.shard_link)):
+            if crossing and link is None:
+                return None
+            communication += crossing / link if link is not None else 0.0
         return cls(
             host=host,
             saes=demand.own_saes * speed.step + demand.own_rows * share * speed.step_row,
-            communication=sent / speed.link if speed.link is not None else 0.0,
+            communication=communication,
         )
 
     @property

@@ -26,13 +26,16 @@ def lines(plan: Plan) -> Iterator[str]:
     among = ""
     if setting.devices > 1:
         among = f" on the fullest of {setting.devices} devices"
+        if demand.mesh.latents > 1:
+            among += f", with 1/{demand.mesh.latents} of the latents of its SAEs"
     note = f"; {host.note}" if host.note else ""
     yield f"memory for G = {setting.G}{_baseline(plan)}{among}: {demand.account}{note}"
     if setting.devices > 1:
         mesh, without = demand.mesh, max(demand.mesh.groups - demand.n_saes, 0)
         shared = f", each shared by {mesh.data}" if mesh.data > 1 else ""
+        shared += f", each divided over {mesh.latents}" if mesh.latents > 1 else ""
         saes = "one SAE" if demand.n_saes == 1 else f"{demand.n_saes} SAEs"
-        idle = f"; {without * mesh.data} only run the host model" if without else ""
+        idle = f"; {without * mesh.data * mesh.latents} only run the host model" if without else ""
         yield (
             f"{setting.devices} devices: {saes} dealt over {mesh.groups}{shared}; "
             f"every device holds the whole host model{idle}"
@@ -90,7 +93,7 @@ def cost_table(
             f"{cost.flops_per_token(G) * tokens / 1e15:,.2f}",
             f"{cost.savings(G, n_layers):.0%}",
             size(demand.account.total),
-            *([size(demand.received + demand.reduced)] if sent else ()),
+            *([size(demand.crossing)] if sent else ()),
             *(told if timed else ()),
             *(cells.get(G, "–") for cells in columns.values()),
         )
@@ -104,8 +107,9 @@ def memory_table(plan: Plan) -> Table:
     table = Table(
         title=f"Memory of {where} at its peak{_baseline(plan)}",
         caption="batch: with pre-activations and counters. forward: activations of one forward. "
-        "checkpoint: of all devices, on disk; its copy is in the machine's memory until it is "
-        "written.",
+        "step: what a step of one SAE holds for a moment. all: at the fullest moment; forwards and "
+        "steps overlap on one GPU alone. checkpoint: of all devices, on disk; its copy is in the "
+        "machine's memory until it is written.",
     )
     parts = next(iter(plan.demands.values())).parts
     shown = [name for name in parts if name != "exchange" or n_devices > 1]

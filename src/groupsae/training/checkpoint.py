@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,12 +143,12 @@ class Checkpoints:
                 state = _read_state(directory)
                 if state is not None and state["config"] != self.config:
                     shutil.rmtree(directory)
-        step = self.step()
+        step = self.begun
         if not step:
             return 0, 0.0
         directory = self._final(step)
         state = _read_state(directory)
-        assert state is not None  # which `step` has just read
+        assert state is not None  # which `begun` has read
         rows = {name: load_tensors(directory / _file(_rows_of(name))) for name in batches.held}
         draws = load_tensors(directory / _file(_BATCHES))
         batches.load_state(State(draws, rows, state["batches"]))
@@ -155,8 +156,12 @@ class Checkpoints:
             learner.load_state(_of_latents(directory, state["sha256"], sae, learner.shard))
         return step, state["seconds"]
 
-    def step(self) -> int:
-        """The step of the newest valid checkpoint, 0 if there is none."""
+    @cached_property
+    def begun(self) -> int:
+        """The step of the newest valid checkpoint when this was first asked; 0 if there was none.
+
+        Its files are read and compared with their checksums. Asked by all processes.
+        """
         found = 0
         if self.team.first:
             states = map(self._valid, self._newest_first())

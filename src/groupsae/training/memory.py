@@ -92,7 +92,7 @@ class MemoryAccount:
         """The account of SAEs of several settings that are trained side by side.
 
         Args:
-            widths: d_sae of each SAE.
+            widths: d_sae of each SAE, or how many of its latents are held where they are divided.
             slots: For each of the mixed batches, which SAEs may share, the rows that it has of a
                 token.
             context_length, host: As in :meth:`of`.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from groupsae.config import TrainingConfig
 from groupsae.errors import InputError
 
 
@@ -55,6 +56,29 @@ class Mesh:
                 "rows of equal length"
             )
         return cls(data, places // data, latents)
+
+    @classmethod
+    def for_training(
+        cls, devices: int, n_saes: int, training: TrainingConfig, architectures: Collection[str]
+    ) -> Mesh:
+        """The mesh that a config asks for.
+
+        Args:
+            architectures: The SAEs'. All but topk choose latents, or pay for them, by the batch,
+                which cannot be shared then.
+
+        Raises:
+            InputError: As :meth:`of`; or batches are to be shared that cannot be.
+        """
+        by_batch = sorted({*architectures} - {"topk"})
+        data = 1 if by_batch and training.data_ranks is None else training.data_ranks
+        mesh = cls.of(devices, n_saes, data, training.latent_ranks)
+        if mesh.data > 1 and by_batch:
+            raise InputError(
+                f"training.data_ranks: {mesh.data} goes with sae.architecture=topk alone, not with "
+                f"{', '.join(by_batch)}, which looks at the whole batch; set training.data_ranks=1"
+            )
+        return mesh
 
     @property
     def devices(self) -> int:

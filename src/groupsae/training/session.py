@@ -262,7 +262,7 @@ def train_entries(
         writes=saes.keys() if first_row else (),
         writes_rows=saes.keys() if first_row and mesh.shard(team.rank) == 0 else (),
     )
-    begun = checkpoints.step()
+    begun = checkpoints.begun
     tracker = open_tracker(training.tracker, directory, begun, config) if team.first else _untold()
     with contexts, tracker as log:
 
@@ -425,8 +425,6 @@ def _mesh(
     Raises:
         InputError: What is asked for cannot be shared.
     """
-    rules = {same[0].config.sae.architecture for same in trained.values()}
-    data = training.data_ranks or (None if rules == {"topk"} else 1)
     if team.size > 1:
         for key, value in (
             ("layer_sampling", "balanced" if training.layer_sampling == "balanced" else None),
@@ -437,16 +435,11 @@ def _mesh(
                     f"training.{key}: {value} goes with one process alone: what is drawn depends "
                     "on the rows before; leave it out, or start without torchrun"
                 )
-    mesh = Mesh.of(team.size, len(trained), data, training.latent_ranks)
-    if mesh.data > 1 and rules != {"topk"}:
-        raise InputError(
-            f"training.data_ranks: {mesh.data} goes with sae.architecture=topk alone, not with "
-            f"{', '.join(sorted(rules - {'topk'}))}, which looks at the whole batch; set "
-            "training.data_ranks=1"
-        )
+    architectures = {same[0].config.sae.architecture for same in trained.values()}
+    mesh = Mesh.for_training(team.size, len(trained), training, architectures)
     if mesh.latents > 1:
         for same in trained.values():
-            check_shards(same[0].config.sae, d_model, mesh.latents)
+            check_shards(same[0].config.sae, training.kernel, d_model, mesh.latents)
     return mesh
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from groupsae.config import SAEConfig as AskedSAE
 from groupsae.errors import InputError
 from groupsae.sae import SAE, SAEConfig
+from groupsae.sae.kernels import check_takes_shards
 from groupsae.training.team import Team
 
 OF_LATENTS = frozenset(("W_enc", "b_enc", "W_dec"))  # parameters with a row for each latent
@@ -112,16 +113,18 @@ class Shard:
         return range(start, stop)
 
 
-def check_shards(asked: AskedSAE, d_model: int, count: int) -> None:
+def check_shards(asked: AskedSAE, kernel: str, d_model: int, count: int) -> None:
     """Refuse SAEs that cannot be divided into so many shards.
 
     Args:
         asked: The config's `sae`.
+        kernel: Its `training.kernel`.
 
     Raises:
-        InputError: Their architecture, or what their layers learn, is not known for shards, or a
-            shard would have fewer than k latents.
+        InputError: Their architecture, what their layers learn, or the kernel is not known for
+            shards, or a shard would have fewer than k latents.
     """
+    check_takes_shards(kernel)
     given = f"training.latent_ranks: {count}"
     if asked.architecture not in ("topk", "batchtopk"):
         raise InputError(

@@ -37,7 +37,7 @@ from groupsae.sae.kernels.update import update
 if TYPE_CHECKING:
     from groupsae.sae.kernels.sharded import Shards
 
-__all__ = ["Kernel", "Step", "StepResult", "Update", "choose"]
+__all__ = ["Kernel", "Step", "StepResult", "Update", "check_takes_shards", "choose"]
 
 
 @runtime_checkable
@@ -94,11 +94,7 @@ def choose(name: str, device: torch.device, shards: Shards | None = None) -> Ker
         InputError: A kernel was asked for by name that cannot run here.
     """
     if shards is not None:
-        if name not in ("auto", "torch"):
-            raise InputError(
-                f"training.kernel={name} knows whole SAEs only; set training.kernel=torch, or "
-                "training.latent_ranks=1"
-            )
+        check_takes_shards(name)
         from groupsae.sae.kernels import sharded
 
         return _kernel("sharded", sharded.ShardedStep(shards), sharded.ShardedUpdate(shards))
@@ -126,6 +122,19 @@ def choose(name: str, device: torch.device, shards: Shards | None = None) -> Ker
             f"on {device}); install one, name it in CXX, or set training.kernel=torch"
         )
     return _kernel("torch", sparse.step, update)
+
+
+def check_takes_shards(name: str) -> None:
+    """Refuse a kernel that cannot step an SAE whose latents are divided.
+
+    Raises:
+        InputError: It is such a one.
+    """
+    if name not in ("auto", "torch"):
+        raise InputError(
+            f"training.kernel={name} knows whole SAEs only; set training.kernel=torch, or "
+            "training.latent_ranks=1"
+        )
 
 
 def _kernel(name: str, step: Step, update: Update) -> Kernel:
