@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from groupsae import local
 from groupsae.directory import read_json
 from groupsae.errors import InputError
 from groupsae.evaluation.subject import Subject
@@ -223,10 +224,10 @@ class Interpretation:
         manifest, run = cache.manifest, self.run
         about = About(
             of=self.key,
-            host=_last_part(run.config.host.name),
+            host=local.shown(run.config.host.name),
             tokens=manifest.tokens,
             special=manifest.excluded_special_tokens,
-            source=_last_part(run.config.tokens.source),
+            source=local.shown(run.config.tokens.source),
             shown=self.shown,
             sae_layers={name: self.saes[name].layers for name in cache.sae_names},
             definitions={
@@ -324,11 +325,6 @@ class Interpretation:
         except InputError as error:
             log.warning("without logits: %s", error)
             return None
-
-
-def _last_part(name: str) -> str:
-    """Of a local path its last part: the pages may be published. Names on the hub stay."""
-    return Path(name).name if Path(name).exists() or Path(name).is_absolute() else name
 
 
 def _place(row: Mapping[str, Any]) -> dict[str, Any]:

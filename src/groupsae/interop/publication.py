@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -12,6 +11,7 @@ from typing import Any, TypeAlias
 from groupsae.config import Config
 from groupsae.directory import RunDirectory, read_json, stored_config, trained
 from groupsae.errors import InputError
+from groupsae.local import is_local, is_path, last_name
 from groupsae.sae.autoencoder import CONFIG_FILE, WEIGHTS_FILE
 
 Content: TypeAlias = bytes | Path
@@ -20,7 +20,6 @@ Content: TypeAlias = bytes | Path
 _DROPPED = ("training.init_from", "training.activation_cache")
 _FIGURES = (".png", ".svg", ".pdf")
 _UNPUBLISHED = ("interpret", "report")  # a large cache of latents, a page made on this machine
-_A_PATH = re.compile(r"(?:~|\.{0,2}[/\\]|[A-Za-z]:[/\\]|\\\\)\S.*")
 
 
 @dataclass(frozen=True)
@@ -85,13 +84,6 @@ def publication(directory: Path, *, host_name: str | None = None) -> Publication
     return Publication(files, config, local)
 
 
-def is_local(value: str) -> bool:
-    """Whether a host model or a text of this name is read from this machine's disk."""
-    if value == "bundled":
-        return False
-    return _A_PATH.fullmatch(value) is not None or Path(value).expanduser().exists()
-
-
 def _config(config: Config, host_name: str | None) -> tuple[Config, tuple[str, ...]]:
     """The config without local paths, and the keys that had one."""
     values = config.model_dump(mode="json", exclude={"preset", "provenance"})
@@ -101,7 +93,7 @@ def _config(config: Config, host_name: str | None) -> tuple[Config, tuple[str, .
         value = values[section][name]
         if value is not None and (key in _DROPPED or is_local(value)):
             local.append(key)
-            values[section][name] = None if key in _DROPPED else PurePath(value).name
+            values[section][name] = None if key in _DROPPED else last_name(value)
     if host_name is not None:
         values["host"]["name"] = host_name
         local = [key for key in local if key != "host.name"]
@@ -117,8 +109,8 @@ def _without_paths(value: Any) -> Any:
         return {key: _without_paths(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_without_paths(inner) for inner in value]
-    if isinstance(value, str) and _A_PATH.fullmatch(value):
-        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    if isinstance(value, str) and is_path(value):
+        return last_name(value)
     return value
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
 from typing import Any
 
+from groupsae import local
 from groupsae.grouping.matrix import QUANTITIES, threshold_note
 from groupsae.report.artefacts import Artefacts
 from groupsae.report.circuits import circuit_contents
@@ -53,9 +53,7 @@ def page_contents(run: Artefacts) -> dict[str, Any]:
 
 def host_name(run: Artefacts) -> str:
     """The host model's name as the config has it, of a local path the last part."""
-    name = str(run.section("host").get("name") or "host model")
-    local = name.startswith((".", "~")) or PurePath(name).is_absolute()
-    return PurePath(name).name or name if local else name
+    return local.shown(str(run.section("host").get("name") or "host model"))
 
 
 def comparison_table(comparisons: Sequence[LayerComparison]) -> dict[str, Any]:
