@@ -236,6 +236,19 @@ def test_checkpoints_of_another_config_are_never_continued(host, corpus, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_checkpoints_of_another_version_are_named_and_passed_over(
+    trained, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(logging.getLogger("groupsae"), "propagate", True)
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    for file in copy.glob("step-*/state.json"):
+        state = json.loads(file.read_text())
+        del state["format"]  # as before there were formats
+        file.write_text(json.dumps(state))
+    assert Checkpoints(copy, "this").begun == 0
+    assert "step-000018 is of another version of groupsae and passed over" in caplog.text
+
+
 def test_a_half_written_checkpoint_is_never_taken_for_one(tmp_path):
     aside = tmp_path / ".step-000030.tmp"
     aside.mkdir()

@@ -14,23 +14,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from groupsae.config import LayerSampling
-from groupsae.host.ahead import ContextsAhead
 from groupsae.host.faults import BrokenText
 from groupsae.host.model import HostModel
-from groupsae.host.tokens import EndOfText, TokenStream, special_mask
+from groupsae.host.tokens import EndOfText
 from groupsae.training.activation_cache import CachedActivations
-from groupsae.training.exchange import SharedContexts
-from groupsae.training.layer_sampling import deal, draw, first_of_each, turns
+from groupsae.training.forwards import Contexts, Excluded, Forward, Forwards, Place
+from groupsae.training.layer_sampling import first_of_each, turns
 from groupsae.training.side_stream import SideStream
-
-
-@dataclass
-class Excluded:
-    """Tokens that were read but not trained on."""
-
-    special: int = 0
-    long: int = 0
-    kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,9 +51,20 @@ class Exchange(Protocol):
     own: Sequence[str]
 
     def rows(
-        self, computed: Mapping[str, Tensor], received: Sequence[Mapping[str, Tensor]]
+        self,
+        computed: Mapping[str, Tensor],
+        received: Sequence[Mapping[str, Tensor]],
+        too_long: Sequence[Bool[Tensor, " _"]],  # of each forward its own length
     ) -> None:
-        """Send this process's rows, fill those of each forward; called by all alike."""
+        """Send what this process has of its forward, fill what it lacks of the others.
+
+        Called by all alike, whether or not there is a forward for each.
+
+        Args:
+            computed: The rows of its forward, of all mixtures; nothing where it has none.
+            received: The rows of its own mixtures, of each forward.
+            too_long: Which of the rows of each forward are not to be kept; this process's is known.
+        """
 
 
 @runtime_checkable
@@ -145,14 +146,15 @@ class MixedBatches:
         overlap: By default on CUDA alone, and for one process: elsewhere there is nothing to
             overlap, and the forward would hold its memory beside that of a batch.
         exchange: Between processes that run the forwards in turn: only the batches of this one's
-            SAEs are handed out. They are those of one process, bit for bit. Not with a `norm_limit`
-            or "balanced", where what is drawn depends on the rows before.
+            SAEs are handed out. They are those of one process, bit for bit. Where a forward
+            depends on what a `norm_limit` drops of the one before, the first process runs it: the
+            last ones, by their size, and with "balanced" all, by the members that are due.
     """
 
     def __init__(
         self,
         host: HostModel | CachedActivations,
-        stream: TokenStream | ContextsAhead | SharedContexts | CachedActivations,
+        stream: Contexts,
         mixtures: Mapping[str, Mixture],
         *,
         total_tokens: int,
@@ -170,12 +172,10 @@ class MixedBatches:
         self.host, self.stream, self.mixtures = host, stream, dict(mixtures)
         self.total_tokens, self.batch_tokens = total_tokens, batch_tokens
         self.buffer_tokens, self.contexts = buffer_tokens, contexts
-        self.special, self.norm_limit = tuple(special), norm_limit
-        self.layer_sampling, self.layer_weights = layer_sampling, dict(layer_weights or {})
+        self.norm_limit, self.layer_sampling = norm_limit, layer_sampling
         alone = host.device.type == "cuda" and exchange is None
         self.overlap = alone if overlap is None else overlap
         self.exchange = exchange
-        self.excluded = Excluded()
         self.filled = 0
         self.handed_out = 0
         self._slots: dict[str, slice] = {}  # where each name's rows lie
@@ -187,11 +187,20 @@ class MixedBatches:
         self.buffer = torch.zeros(slots, rows, host.d_model, device=host.device)
         self.members = torch.zeros(slots, rows, dtype=torch.int16)  # of each row, on the CPU
         self.finite = torch.ones(host.n_layers, dtype=torch.bool, device=host.device)
-        self._layer_draws = torch.Generator().manual_seed(2 * seed)
         self._row_draws = torch.Generator().manual_seed(2 * seed + 1)
+        self._forwards = Forwards(
+            stream,
+            {name: mixture.layers for name, mixture in self.mixtures.items()},
+            total_tokens=total_tokens,
+            contexts=contexts,
+            special=special,
+            drops=norm_limit is not None,
+            layer_sampling=layer_sampling,
+            layer_weights=layer_weights or {},
+            seed=2 * seed,
+        )
         self._new: _NewRows | None = None
-        self._ahead: deque[tuple[_Forward, dict[str, Tensor]]] = deque()
-        self._place = self._current_place()
+        self._ahead: deque[_Received] = deque()
         self._side = SideStream(host.device, overlap=self.overlap)
         self._side.share(self.buffer, self.finite)
 
@@ -226,6 +235,11 @@ class MixedBatches:
         return layers
 
     @property
+    def excluded(self) -> Excluded:
+        """What became of the tokens that were read."""
+        return self._forwards.excluded
+
+    @property
     def held(self) -> list[str]:
         """The mixtures whose batches are handed out here."""
         return list(self._slots)
@@ -234,7 +248,7 @@ class MixedBatches:
         """Everything that determines the batches to come."""
         self._count_new_rows()
         self._side.join()
-        place = self._current_place() if self.exchange is None else self._place
+        place = self._forwards.place
         return State(
             draws={"layer_draws": place.layer_draws, "row_draws": self._row_draws.get_state()},
             rows={
@@ -249,6 +263,7 @@ class MixedBatches:
                 "handed_out": self.handed_out,
                 "filled": self.filled,
                 "excluded": vars(self.excluded).copy(),
+                "dealt": {name: dealt.tolist() for name, dealt in self._forwards.dealt.items()},
             },
         )
 
@@ -262,12 +277,13 @@ class MixedBatches:
         for name, slots in self._slots.items():
             self.buffer[slots, : self.filled] = state.rows[name]["buffer"]
             self.members[slots, : self.filled] = state.rows[name]["members"]
-        self._layer_draws.set_state(state.draws["layer_draws"])
         self._row_draws.set_state(state.draws["row_draws"])
-        self.stream.load_state_dict(state.rest["stream"])
         self.handed_out = state.rest["handed_out"]
-        self.excluded = Excluded(**state.rest["excluded"])
-        self._place = self._current_place()
+        self._forwards.load(
+            Place(state.rest["stream"], state.draws["layer_draws"]),
+            Excluded(**state.rest["excluded"]),
+            state.rest["dealt"],
+        )
 
     def _fill(self, *, ahead: bool = False) -> None:
         """Read contexts until the buffer is full, or holds all the tokens that are still wanted.
@@ -286,26 +302,10 @@ class MixedBatches:
 
     def _wanted_contexts(self) -> int:
         """Contexts of the next forward; 0 if none is needed."""
-        return self._contexts_for(self.filled, self.handed_out) or self._as_contexts(self._short())
-
-    def _contexts_for(self, filled: int, handed_out: int) -> int:
-        """Contexts of a forward where so many rows are held, and so many were handed out."""
-        wanted = self.total_tokens - handed_out - filled
-        return self._as_contexts(wanted if filled < self.buffer_tokens else 0)
-
-    def _as_contexts(self, rows: int) -> int:
-        return min(self.contexts, -(-max(rows, 0) // self.stream.context_length))
-
-    def _short(self) -> int:
-        """Rows that the buffer lacks, of the right members, for the next batch.
-
-        None but where a `norm_limit` has left too few of a member.
-        """
-        balanced = [name for name in self.mixtures if self._is_balanced(name)]
-        if self.norm_limit is None or self.handed_out >= self.total_tokens:
-            return 0
-        lacks = (self._turns(name) - self._held(name) for name in balanced)
-        return max((int(lack.clamp(min=0).sum()) for lack in lacks), default=0)
+        contexts = self._forwards.to_total() if self.filled < self.buffer_tokens else 0
+        if contexts or self.handed_out >= self.total_tokens:
+            return contexts
+        return self._forwards.to_turns(self.handed_out + min(self.batch_tokens, self.filled))
 
     def _make_room(self, rows: int) -> None:
         """Let the buffer hold so many rows."""
@@ -320,79 +320,51 @@ class MixedBatches:
     def _read_contexts(self, contexts: int) -> None:
         """Run the host model on further contexts; their tokens go to the buffer's free end."""
         if self.exchange is None:
-            forward = self._next_forward(contexts)
+            (forward,) = self._forwards.next(contexts)
             too_long = self._run(forward, self._free_end(forward))
         else:
             if not self._ahead:
                 self._ahead.extend(self._exchanged(contexts, self.exchange))
-            forward, rows = self._ahead.popleft()
+            forward, rows, too_long = self._ahead.popleft()
             for name, target in self._free_end(forward).items():
                 target.copy_(rows[name])
-            too_long = torch.zeros(len(forward.kept), dtype=torch.bool, device=self.host.device)
-            self._place = forward.place
         for name, slots in self._slots.items():
             end = self.filled + len(forward.kept)
             self.members[slots, self.filled : end] = forward.members[name].to(torch.int16)
-        self._new = _NewRows(forward.input_ids.numel(), too_long)
+        self._new = _NewRows(forward, too_long)
 
-    def _exchanged(
-        self, contexts: int, exchange: Exchange
-    ) -> list[tuple[_Forward, dict[str, Tensor]]]:
+    def _exchanged(self, contexts: int, exchange: Exchange) -> list[_Received]:
         """The next forwards, one of each process, with the rows of this one's SAEs."""
-        forwards = self._next_forwards(contexts, exchange.size)
-        own = forwards[exchange.rank] if exchange.rank < len(forwards) else None
+        forwards = self._forwards.next(contexts, exchange.size)
+        too_long = [self._none_too_long(forward) for forward in forwards]
         computed: dict[str, Tensor] = {}
-        if own is not None:
+        if exchange.rank < len(forwards):
+            own = forwards[exchange.rank]
             all_or_own = self.mixtures if exchange.size > 1 else self._slots
             computed = {name: self._empty(name, own) for name in all_or_own}
-            self._run(own, computed)
+            too_long[exchange.rank] = self._run(own, computed)
         received = [{name: self._empty(name, each) for name in self._slots} for each in forwards]
-        exchange.rows(computed, received)
-        return list(zip(forwards, received, strict=True))
+        exchange.rows(computed, received, too_long)
+        return list(map(_Received, forwards, received, too_long))
 
-    def _next_forwards(self, contexts: int, most: int) -> list[_Forward]:
-        """The next forwards that one process would run, whatever batches it took between them."""
-        forwards: list[_Forward] = []
-        filled, handed_out = self.filled, self.handed_out
-        while contexts and len(forwards) < most:
-            try:
-                forwards.append(self._next_forward(contexts))
-            except (EndOfText, BrokenText):
-                if forwards:  # raised again where a batch needs the text
-                    break
-                raise
-            filled += len(forwards[-1].kept)
-            while not (contexts := self._contexts_for(filled, handed_out)) and filled:
-                size = min(self.batch_tokens, filled)
-                filled, handed_out = filled - size, handed_out + size
-        return forwards
-
-    def _next_forward(self, contexts: int) -> _Forward:
-        """The next contexts, and at which layers each mixture sees their tokens."""
-        input_ids = self.stream.next_contexts(contexts)
-        kept = (~special_mask(input_ids, self.special)).flatten().nonzero().squeeze(1)
-        members = {name: self._sample(name, len(kept)) for name in self.mixtures}
-        return _Forward(input_ids, kept, members, self._current_place())
-
-    def _free_end(self, forward: _Forward) -> dict[str, Tensor]:
+    def _free_end(self, forward: Forward) -> dict[str, Tensor]:
         """Where a forward's rows go in the buffer."""
         end = self.filled + len(forward.kept)
         return {name: self.buffer[slots, self.filled : end] for name, slots in self._slots.items()}
 
-    def _empty(self, name: str, forward: _Forward) -> Float[Tensor, "slot row d_model"]:
+    def _empty(self, name: str, forward: Forward) -> Float[Tensor, "slot row d_model"]:
         shape = self._rows_per_token(name), len(forward.kept), self.host.d_model
         return torch.empty(shape, device=self.host.device)
 
     def _rows_per_token(self, name: str) -> int:
         return len(self.mixtures[name].layers) if self.layer_sampling == "all" else 1
 
-    def _current_place(self) -> _Place:
-        return _Place(self.stream.state_dict(), self._layer_draws.get_state())
+    def _none_too_long(self, forward: Forward) -> Bool[Tensor, " row"]:
+        return torch.zeros(len(forward.kept), dtype=torch.bool, device=self.host.device)
 
-    def _run(self, forward: _Forward, targets: Mapping[str, Tensor]) -> Bool[Tensor, " row"]:
+    def _run(self, forward: Forward, targets: Mapping[str, Tensor]) -> Bool[Tensor, " row"]:
         """Run the host model and write the rows of each target; returns which are too long."""
-        kept = forward.kept
-        too_long = torch.zeros(len(kept), dtype=torch.bool, device=self.host.device)
+        kept, too_long = forward.kept, self._none_too_long(forward)
         layers = (layer for mixture in self.mixtures.values() for layer in mixture.layers)
         writers: dict[int, list[Callable[[Tensor], None]]] = {layer: [] for layer in layers}
         for name, target in targets.items():
@@ -417,37 +389,15 @@ class MixedBatches:
         self.host.visit(self._pinned(forward.input_ids), visitors)
         return too_long
 
-    def _sample(self, name: str, tokens: int) -> Int[Tensor, "slot token"]:
-        """The members that new tokens are seen at."""
-        layers = self.mixtures[name].layers
-        if self.layer_sampling == "all":
-            return torch.arange(len(layers))[:, None].expand(-1, tokens)
-        if len(layers) == 1:  # no draw: a baseline's tokens must not depend on the groups beside it
-            return torch.zeros(1, tokens, dtype=torch.long)
-        if self.layer_sampling == "balanced":
-            members = deal(tokens, self._held(name), self.handed_out, self._layer_draws)
-        else:
-            weights = [self.layer_weights.get(layer, 1.0) for layer in layers]
-            members = draw(tokens, weights, self._layer_draws)
-        return members[None]
-
     def _is_balanced(self, name: str) -> bool:
         return self.layer_sampling == "balanced" and len(self.mixtures[name].layers) > 1
 
     def _balanced(self, name: str, order: Int[Tensor, " row"]) -> Int[Tensor, " taken"]:
         """The rows for a batch: as many of each member as there are turns of it."""
         members = self.members[self._slots[name].start, : self.filled]
-        return first_of_each(order, members, self._turns(name))
-
-    def _held(self, name: str) -> Int[Tensor, " member"]:
-        """How many of its rows are of each member."""
-        members = self.members[self._slots[name].start, : self.filled]
-        return torch.bincount(members, minlength=len(self.mixtures[name].layers))
-
-    def _turns(self, name: str) -> Int[Tensor, " member"]:
-        """How many rows of each member the next batch takes."""
         size = min(self.batch_tokens, self.filled)
-        return turns(self.handed_out, size, len(self.mixtures[name].layers))
+        counts = turns(self.handed_out, size, len(self.mixtures[name].layers))
+        return first_of_each(order, members, counts)
 
     def _write(
         self, rows: Tensor, mixture: Mixture, layer: int, positions: Tensor, at: Tensor, x: Tensor
@@ -460,23 +410,23 @@ class MixedBatches:
         """Add the rows of the last forward, but for those that are too long, to the filled ones."""
         if self._new is None:
             return
-        written = added = len(self._new.too_long)
+        forward, too_long = self._new
+        added = torch.arange(len(forward.kept))
         if self.norm_limit is not None:
             with self._side.work():
-                added = self._drop(self._new.too_long)
-        self.filled += added
-        self.excluded.special += self._new.tokens - written
-        self.excluded.long += written - added
-        self.excluded.kept += added
+                added = self._drop(too_long)
+        self.filled += len(added)
+        self._forwards.count(forward, added)
         self._new = None
 
-    def _drop(self, too_long: Bool[Tensor, " token"]) -> int:
-        """Close up the new rows over those that are too long; returns how many stay."""
+    def _drop(self, too_long: Bool[Tensor, " row"]) -> Int[Tensor, " kept"]:
+        """Close up the new rows over those that are too long; returns which stay."""
         keep = (~too_long).nonzero().squeeze(1)
+        on_cpu = keep.cpu()
         end = self.filled + len(keep)
         self.buffer[:, self.filled : end] = self.buffer[:, self.filled + keep]
-        self.members[:, self.filled : end] = self.members[:, self.filled + keep.cpu()]
-        return len(keep)
+        self.members[:, self.filled : end] = self.members[:, self.filled + on_cpu]
+        return on_cpu
 
     def _taking(self, taken: Int[Tensor, " taken"]) -> tuple[_Taking, _Taking]:
         """How these rows are taken: rows from the filled end move into their places.
@@ -531,31 +481,16 @@ class State(NamedTuple):
     rest: dict[str, Any]
 
 
-class _Place(NamedTuple):
-    """Behind a forward: in the text, and in the draws of layers."""
+class _Received(NamedTuple):
+    """A forward of any process with the rows of this one's mixtures, and which are too long."""
 
-    stream: dict[str, Any]
-    layer_draws: Tensor
-
-
-class _Forward(NamedTuple):
-    """One of the host model's forwards: its contexts and what becomes of their tokens.
-
-    Attributes:
-        kept: The tokens, of all of its contexts, that are no special ones.
-        members: For each mixture, and each of its rows of a token, which member it is of.
-        place: Behind it.
-    """
-
-    input_ids: Int[Tensor, "n context"]
-    kept: Int[Tensor, " kept"]
-    members: dict[str, Tensor]
-    place: _Place
+    forward: Forward
+    rows: dict[str, Tensor]
+    too_long: Bool[Tensor, " row"]
 
 
-@dataclass(frozen=True)
-class _NewRows:
+class _NewRows(NamedTuple):
     """Rows of a forward behind the filled part of the buffer, not yet counted."""
 
-    tokens: int  # of its contexts, special ones too
+    forward: Forward
     too_long: Bool[Tensor, " row"]

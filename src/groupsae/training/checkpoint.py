@@ -34,6 +34,7 @@ from groupsae.training.team import Team
 
 log = logging.getLogger(__name__)
 
+_FORMAT = 2  # of what is written, which another version of groupsae may not understand
 _STATE = "state.json"
 _BATCHES = "batches"
 
@@ -101,6 +102,7 @@ class Checkpoints:
             if self.writes is None or name in self.writes:
                 parts[_part(name, learner.shard)] = learner.state()
         state = {
+            "format": _FORMAT,
             "step": step,
             "config": self.config,
             "seconds": seconds,
@@ -224,6 +226,9 @@ class Checkpoints:
             log.warning("%s is damaged (%s) and passed over", directory, _STATE)
             return None
         if state["config"] != self.config:
+            return None
+        if state.get("format") != _FORMAT:
+            log.warning("%s is of another version of groupsae and passed over", directory)
             return None
         for name, expected in state["sha256"].items():
             path = directory / Path(name).name

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from groupsae.errors import InputError
@@ -89,23 +89,20 @@ class RowExchange:
         self._team, self._wanted = team, wanted
 
     def rows(
-        self, computed: Mapping[str, Tensor], received: Sequence[Mapping[str, Tensor]]
+        self,
+        computed: Mapping[str, Tensor],
+        received: Sequence[Mapping[str, Tensor]],
+        too_long: Sequence[Bool[Tensor, " _"]],  # of each forward its own length
     ) -> None:
-        """Fill what is received of each forward; the n-th one's rows come from the n-th process."""
-        sending = []
-        if computed:
-            sending = [
-                (rank, computed[name])
-                for rank, names in enumerate(self._wanted)
-                for name in names
-                if rank != self.rank
-            ]
-        receiving = [
-            (rank, rows)
-            for rank, by_name in enumerate(received)
-            for rows in by_name.values()
-            if rank != self.rank
-        ]
+        """Fill what is received of each forward; the n-th one's comes from the n-th process."""
+        sending, receiving = [], []
+        for rank, names in enumerate(self._wanted):
+            if rank != self.rank and self.rank < len(received):
+                tensors = *(computed[name] for name in names), too_long[self.rank]
+                sending += [(rank, tensor) for tensor in tensors]
+            if rank != self.rank and rank < len(received):
+                tensors = *received[rank].values(), too_long[rank]
+                receiving += [(rank, tensor) for tensor in tensors]
         if self.rank < len(received):
             for name, rows in received[self.rank].items():
                 rows.copy_(computed[name])

@@ -37,20 +37,19 @@ def turns(start: int, tokens: int, members: int) -> Int[Tensor, " member"]:
 
 
 def deal(
-    tokens: int, held: Int[Tensor, " member"], start: int, generator: torch.Generator
+    tokens: int, dealt: Int[Tensor, " member"], generator: torch.Generator
 ) -> Int[Tensor, " token"]:
-    """Members for new tokens, so that these and the rows held fill the earliest turns.
+    """Members for new tokens, so that these and those dealt before fill the earliest turns.
 
     Args:
-        held: How many rows of each member are there already.
-        start: The first turn that is not past: the number of tokens handed out.
+        dealt: How many of the tokens before, handed out or not, are each member's.
 
     Returns:
         The members of those turns, in random order.
     """
-    members = len(held)
-    end = start + int(held.sum()) + tokens  # at least `tokens` turns before it are free
-    first = start + (torch.arange(members) - start) % members + members * held
+    members = len(dealt)
+    end = int(dealt.sum()) + tokens  # at least `tokens` turns before it are free
+    first = torch.arange(members) + members * dealt
     free = torch.cat([torch.arange(turn, max(turn, end), members) for turn in first.tolist()])
     earliest = free.sort().values[:tokens]
     return earliest[torch.randperm(tokens, generator=generator)] % members

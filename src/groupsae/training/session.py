@@ -425,16 +425,6 @@ def _mesh(
     Raises:
         InputError: What is asked for cannot be shared.
     """
-    if team.size > 1:
-        for key, value in (
-            ("layer_sampling", "balanced" if training.layer_sampling == "balanced" else None),
-            ("max_norm_multiple", training.max_norm_multiple),
-        ):
-            if value is not None:
-                raise InputError(
-                    f"training.{key}: {value} goes with one process alone: what is drawn depends "
-                    "on the rows before; leave it out, or start without torchrun"
-                )
     architectures = {same[0].config.sae.architecture for same in trained.values()}
     mesh = Mesh.for_training(team.size, len(trained), training, architectures)
     if mesh.latents > 1:
