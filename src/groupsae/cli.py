@@ -378,9 +378,7 @@ def main() -> None:
         code = app(standalone_mode=False)
         if code == _INTERRUPTED:  # what typer makes of an interrupt; older versions raise Abort
             raise KeyboardInterrupt
-    except InputError as error:
-        _fail(str(error), 2)
-    except Interrupted as error:
+    except (InputError, Interrupted) as error:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; what is finished is kept, the same command continues", _INTERRUPTED)
@@ -482,6 +480,8 @@ def _open(
     inputs: list[str] | None, out_directory: Path | None, redo: bool, team: Team | None = None
 ) -> Run:
     if team is None and os.environ.get("WORLD_SIZE", "1") != "1":
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit(InputError.exit_code)  # the first one speaks for all
         raise InputError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}: only `groupsae run` and `groupsae train` work "
             "in several processes; start this one without torchrun"

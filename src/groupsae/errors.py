@@ -7,8 +7,10 @@ class InputError(ValueError):
     """Something the user gave cannot work.
 
     The message names the thing (key, file, model), its value and the mend, on its own: the command
-    line prints it as it is, without a traceback, and exits with code 2.
+    line prints it as it is, without a traceback, and exits with `exit_code`.
     """
+
+    exit_code = 2
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing is wrong

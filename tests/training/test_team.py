@@ -273,10 +273,15 @@ def test_the_command_line_in_two_processes(prepared, tmp_path):
     assert started.returncode == 0, output
     assert output.count("Report: ") == 1
     assert (directory / "report.html").exists()
-    started = torchrun(2, "groupsae", "evaluate", directory, module=True)
-    output, _ = started.communicate(timeout=240)
-    assert started.returncode != 0
-    assert "only `groupsae run` and `groupsae train` work in several processes" in output
+    refused = {  # before the processes know each other, and after
+        ("evaluate",): "only `groupsae run` and `groupsae train` work in several processes",
+        ("train", "--fresh", "training.data_ranks=3"): "data_ranks: 3 does not divide 2 devices",
+    }
+    for (command, *options), message in refused.items():
+        started = torchrun(2, "groupsae", command, directory, *options, module=True)
+        output, _ = started.communicate(timeout=240)
+        assert started.returncode != 0
+        assert output.count(message) == 1, output
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from groupsae.errors import InputError
+from groupsae.errors import InputError, Interrupted
 
 _BEAT = 2.0  # seconds between two signs of life
 _SILENCE = 40.0  # after which a process counts as gone
@@ -139,6 +139,8 @@ def team() -> Iterator[Team]:
         raise
     except BaseException as error:
         heart.say_why(error)
+        if isinstance(error, InputError | Interrupted) and heart.first_says(error):
+            sys.exit(error.exit_code)
         raise
     else:
         made.wait()
@@ -181,8 +183,21 @@ class _Heart(threading.Thread):
     def say_why(self, error: BaseException) -> None:
         """Let the others know what this process ends with."""
         with contextlib.suppress(Exception):
-            message = f"{type(error).__name__}: {error}"[:2000]
-            self._store.set(f"groupsae/ended/{self._team.rank}", f"{_whereabouts()}: {message}")
+            said = f"{_whereabouts()}: {_in_words(error)}"
+            self._store.set(f"groupsae/ended/{self._team.rank}", said)
+
+    def first_says(self, error: BaseException) -> bool:
+        """Whether the first process ends with the same words, so that this one need not say them.
+
+        Where all meet the same error it does within a moment.
+        """
+        with contextlib.suppress(Exception):
+            until = time.monotonic() + 2 * _BEAT
+            while not self._team.first and time.monotonic() < until:
+                if said := self._said("ended/0"):
+                    return said.endswith(_in_words(error))
+                time.sleep(0.1)
+        return False
 
     def end_with_partners(self) -> None:
         """End the process if another is gone, which is why talking to it failed."""
@@ -236,6 +251,10 @@ class _Heart(threading.Thread):
         )
         sys.stderr.flush()
         os._exit(_ENDED)  # the main thread may wait for the lost one for ever
+
+
+def _in_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:2000]
 
 
 def _whereabouts() -> str:
