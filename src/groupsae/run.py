@@ -443,6 +443,7 @@ class Run(OpenRun):
             return
         self._check_sizes(self.config)
         if not self.stages.is_done("train"):
+            self._check_processes(self.config)
             self._check_start(self.config)
             self._cached(self.layers)
         if self.corpus.documents.count is None:
@@ -652,6 +653,12 @@ class Run(OpenRun):
         config.training.weights_of(self.layers)
         if not self.stages.is_done("groups"):
             chosen_beforehand(self.config, self.layers)
+
+    def _check_processes(self, config: Config) -> None:
+        from groupsae.training.session import mesh_of
+        from groupsae.training.team import Team
+
+        mesh_of(self._team or Team(), [config.sae], config.training, self.host.d_model)
 
     def _measure(self, layers: Sequence[int]) -> dict[str, Any]:
         """Measure the layers: keeps their moments, returns the content of `distances.json`."""

@@ -21,6 +21,8 @@ from groupsae.config import Config
 from groupsae.errors import InputError
 from groupsae.run import Run
 from groupsae.training.mesh import Mesh
+from groupsae.training.session import mesh_of
+from groupsae.training.team import Team
 
 WORKER = Path(__file__).with_name("worker.py")
 ROOT = WORKER.parents[2]
@@ -275,7 +277,7 @@ def test_the_command_line_in_two_processes(prepared, tmp_path):
     assert (directory / "report.html").exists()
     refused = {  # before the processes know each other, and after
         ("evaluate",): "only `groupsae run` and `groupsae train` work in several processes",
-        ("train", "--fresh", "training.data_ranks=3"): "data_ranks: 3 does not divide 2 devices",
+        ("run", "--fresh", "training.data_ranks=3"): "data_ranks: 3 does not divide 2 devices",
     }
     for (command, *options), message in refused.items():
         started = torchrun(2, "groupsae", command, directory, *options, module=True)
@@ -299,13 +301,9 @@ def test_the_command_line_in_two_processes(prepared, tmp_path):
     ],
 )
 def test_what_cannot_be_shared_is_refused(sections, message):
-    from groupsae.training.session import _mesh, entries_of
-    from groupsae.training.team import Team
-
     config = Config.parse(sections)
-    entries = {entry.name: [entry] for entry in entries_of([(0, 1), (2,)], config)}
     with pytest.raises(InputError, match=message):
-        _mesh(Team(0, 2), entries, config.training, d_model=16)
+        mesh_of(Team(0, 2), [config.sae] * 3, config.training, d_model=16)
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=20), st.integers(1, 8))

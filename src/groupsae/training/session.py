@@ -19,6 +19,7 @@ from torch import Tensor
 
 from groupsae.allocator import keep_freed_memory
 from groupsae.config import Config, TrainingConfig
+from groupsae.config import SAEConfig as AskedSAE
 from groupsae.errors import InputError
 from groupsae.grouping.distance import Moments
 from groupsae.host.ahead import ContextsAhead
@@ -182,7 +183,7 @@ def train_entries(
     _check_entries(entries, config)
     training, team = config.training, team or Team()
     trained = {same[0].name: same for same in distinct(entries)}
-    mesh = _mesh(team, trained, training, host.d_model)
+    mesh = mesh_of(team, [same[0].config.sae for same in trained.values()], training, host.d_model)
     start = open_start(config, host)
     columns = mesh.deal(
         {name: same[0].config.sae.width(host.d_model) for name, same in trained.items()}
@@ -302,6 +303,22 @@ def train_entries(
     }
 
 
+def mesh_of(team: Team, saes: Sequence[AskedSAE], training: TrainingConfig, d_model: int) -> Mesh:
+    """How SAEs are dealt over the processes.
+
+    Args:
+        saes: The config's `sae` of each.
+
+    Raises:
+        InputError: What is asked for cannot be shared.
+    """
+    mesh = Mesh.for_training(team.size, len(saes), training, {sae.architecture for sae in saes})
+    if mesh.latents > 1:
+        for sae in saes:
+            check_shards(sae, training.kernel, d_model, mesh.latents)
+    return mesh
+
+
 def new_sae(
     layers: Sequence[int], moments: Moments, config: Config, start: Start | None = None
 ) -> SAE:
@@ -415,22 +432,6 @@ def _check_entries(entries: Sequence[Entry], config: Config) -> None:
                     f"training.{name}: {value!r} for {entry.name}, but all SAEs of one forward "
                     f"share {shared[name]!r}; train it by itself"
                 )
-
-
-def _mesh(
-    team: Team, trained: Mapping[str, Sequence[Entry]], training: TrainingConfig, d_model: int
-) -> Mesh:
-    """How the SAEs are dealt over the processes.
-
-    Raises:
-        InputError: What is asked for cannot be shared.
-    """
-    architectures = {same[0].config.sae.architecture for same in trained.values()}
-    mesh = Mesh.for_training(team.size, len(trained), training, architectures)
-    if mesh.latents > 1:
-        for same in trained.values():
-            check_shards(same[0].config.sae, training.kernel, d_model, mesh.latents)
-    return mesh
 
 
 def _sharing(team: Team, mesh: Mesh) -> tuple[Callable[[Step], Step] | None, ShardRanks | None]:

@@ -84,8 +84,9 @@ class ShardedStep:
             auxk = _add_auxk(sae, inputs, residual, dead, auxk_weight, variance, gradients, shards)
         # Its part through the encoder comes from all shards; that of the output each has whole.
         gradients["b_dec"] = shards.sum(gradients["b_dec"]) + output_gradient.sum(0)
-        fired = torch.zeros_like(dead if dead is not None else sae.b_enc, dtype=torch.bool)
-        fired[latents.indices[latents.values > 0]] = True
+        firings = torch.zeros_like(sae.b_enc).index_add_(
+            0, latents.indices.flatten(), (latents.values > 0).to(sae.b_enc.dtype).flatten()
+        )
         return StepResult(
             gradients={name: gradients[name] for name, _ in sae.named_parameters()},
             loss=fvu + auxk_weight * auxk,
@@ -93,7 +94,7 @@ class ShardedStep:
             auxk=auxk,
             penalty=x.new_zeros(()),
             l0=shards.sum(latents.l0().mean()),
-            fired=fired,
+            fired=firings > 0,
             cuts=cuts,
         )
 
