@@ -943,13 +943,21 @@ def test_a_shard_is_timed_by_its_width(monkeypatch):
 
 
 def test_a_large_sae_is_timed_smaller_and_scaled(monkeypatch):
-    monkeypatch.setattr(probe, "_SECONDS", 0.01)
+    clock = [0.0]
+
+    def step(learner, x, members):  # takes as long as it is wide, by a clock that nothing disturbs
+        clock[0] += (0.5 + 0.01 * len(x)) * learner.sae.config.d_sae / 1024
+
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(probe.Learner, "step", step)
     asked = ["host.n_layers=4", "host.d_model=64", "host.device=cpu", "training.batch_tokens=256"]
     setting = setting_of(*asked, "sae.d_sae=4096", device=None)
     whole = probe.measured(setting)
+    assert "scaled" not in whole.source
     monkeypatch.setattr(probe, "_SAE_BYTES", 1024 * 2 * 64 * 16)
     scaled = probe.measured(setting)
     assert "at d_sae = 1,024" in scaled.source
     assert "scaled to 4,096" in scaled.source
-    ratio = (scaled.step + 256 * scaled.step_row) / (whole.step + 256 * whole.step_row)
-    assert 0.2 < ratio < 5
+    for found in (whole, scaled):
+        assert found.step == pytest.approx(4 * 0.5)
+        assert found.step_row == pytest.approx(4 * 0.01)
