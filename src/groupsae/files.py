@@ -20,8 +20,8 @@ from groupsae.errors import InputError
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; what lies there replaces `path` if the block ends.
 
-    A reader, a crash or a full disk never leaves half a file: if the block does not end well, what
-    it wrote is removed, and `path` is as it was.
+    A reader, a crash, a power cut or a full disk never leaves half a file: if the block does not
+    end well, what it wrote is removed, and `path` is as it was.
 
     Raises:
         InputError: On a full disk, without permission and the like.
@@ -32,9 +32,12 @@ def replacing(path: Path) -> Iterator[Path]:
         _remove(aside)
         try:
             yield aside
+            if aside.is_file():
+                flush(aside)
             if path.is_dir():  # which, unlike a file, is not replaced unless it is empty
                 _remove(path)
             aside.replace(path)
+            flush(path.parent)
         except BaseException:
             _remove(aside)
             raise
@@ -82,6 +85,15 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Any]:
     path.open("rb").close()
     tensors: dict[str, Any] = load_file(path, device=device)
     return tensors
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def append_text(path: Path, text: str) -> None:

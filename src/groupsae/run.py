@@ -125,9 +125,10 @@ class Run(OpenRun):
         elif team.share(None):
             self._train(team)
         team.wait()
+        saes = self.saes()
         if team.first:
             shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)  # no more of use
-        return self.saes()
+        return saes
 
     def cache(self, tokens: int | None = None) -> Path:
         """Write the residual streams that training reads, or more of them, to a folder of its own.

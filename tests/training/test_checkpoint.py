@@ -137,6 +137,27 @@ def test_whichever_file_is_damaged_is_named_and_an_older_checkpoint_continues(
         assert f"step-000018 is damaged ({name}) and passed over" in caplog.text
 
 
+def test_damaged_checkpoints_do_not_crowd_out_new_ones(host, corpus, trained, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    for directory in copy.iterdir():
+        (directory / "batches.safetensors").write_bytes(b"")
+    with pytest.raises(Stopped):
+        run(host, corpus, copy, stop_at=8)  # from the beginning, to the checkpoint of step 6
+    assert [path.name for path in copy.iterdir()] == ["step-000006"]
+    assert Checkpoints(copy, "this").begun == 6
+
+
+def test_the_newest_checkpoint_is_that_of_the_highest_step(host, corpus, tmp_path):
+    learners, batches = learners_and_batches(host, corpus)
+    learners["layers-00-01"].step(torch.randn(64, 32))
+    checkpoints = Checkpoints(tmp_path, "this", kept=1)
+    for step in (999_500, 1_000_000):
+        checkpoints.save(step, 0.0, learners, batches)
+    checkpoints.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1000000"]
+    assert Checkpoints(tmp_path, "this").begun == 1_000_000
+
+
 def test_every_file_of_a_checkpoint_is_tested(trained):
     assert {path.name for path in (trained / "step-000018").iterdir()} == set(FILES)
 

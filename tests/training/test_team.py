@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -116,8 +117,8 @@ def assert_equal(found: dict, expected: dict) -> None:
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_processes_that_share_the_saes_give_the_bits_of_one(prepared, tmp_path, processes):
+@pytest.mark.parametrize(("processes", "only"), [(2, ["uniform", "limit"]), (3, None)])
+def test_processes_that_share_the_saes_give_the_bits_of_one(prepared, tmp_path, processes, only):
     cache = str(tmp_path / "cache")
     Run(copy_of(prepared, tmp_path / "writer", activation_cache=cache)).cache()
     settings = {
@@ -130,6 +131,7 @@ def test_processes_that_share_the_saes_give_the_bits_of_one(prepared, tmp_path, 
         "twins": {"twins": True},  # SAEs that share batches, on different processes
         "few": {"baseline": False},  # two SAEs
     }
+    settings = {name: settings[name] for name in only or settings}
     expected = {
         name: trained_alone(prepared, tmp_path / f"one-{name}", **own)
         for name, own in settings.items()
@@ -183,11 +185,11 @@ def test_processes_that_share_batches_give_the_weights_of_one_to_rounding(prepar
 FEW = {"tokens": 1280, "dead_after_tokens": 200, "log_every": 2, "sae": {"k": 2}}
 
 
-def test_shards_of_latents_stop_together_and_any_number_goes_on(prepared, tmp_path):
+def test_shards_of_latents_stop_together_and_any_number_goes_on(prepared, tmp_path, capfd):
     few = FEW | {"sae": {"architecture": "batchtopk", **FEW["sae"]}}
     trained_alone(prepared, tmp_path / "one", **few)
     directory = copy_of(prepared, tmp_path / "shared", latent_ranks=3, **few)
-    one = {"directory": str(directory), "signal_at": 3, "signal_rank": 1}
+    one = {"directory": str(directory), "signal_at": 3, "rank": 1}
     code, output = work(3, tmp_path, what="train", runs=[{**one, "signal": int(signal.SIGUSR1)}])
     assert code != 0
     assert "stopped by SIGUSR1 after step 4" in output
@@ -199,6 +201,10 @@ def test_shards_of_latents_stop_together_and_any_number_goes_on(prepared, tmp_pa
         if others > 1:
             code, output = work(others, tmp_path, what="train", runs=[{"directory": str(resumed)}])
             assert code == 0, output
+        else:
+            Run(resumed).train()
+            output = capfd.readouterr().err
+        assert "train: 256 tokens in" in output  # the fifth step alone
         assert_close(resumed, tmp_path / "one")
 
 
@@ -233,39 +239,56 @@ def metrics_of(directory: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k != "sae"} for line in sorted(lines, key=str)]
 
 
-def test_a_signal_to_one_stops_all_and_another_number_of_processes_goes_on(prepared, tmp_path):
+def test_a_signal_to_one_stops_all_and_another_number_of_processes_goes_on(
+    prepared, tmp_path, capfd
+):
     expected = trained_alone(prepared, tmp_path / "one")
     directory = copy_of(prepared, tmp_path / "stopped")
-    for processes, step in ((3, 4), (2, 8)):
+    for processes, step, tokens in ((3, 4, "1,280"), (2, 8, "1,024")):  # 5 steps, and 4 more
         job = {
             "directory": str(directory),
             "signal_at": step,
-            "signal_rank": processes - 1,
+            "rank": processes - 1,
             "signal": int(signal.SIGUSR1),
         }
         code, output = work(processes, tmp_path, what="train", runs=[job])
         assert code != 0
         assert f"stopped by SIGUSR1 after step {step + 1}" in output
+        assert f"train: {tokens} tokens in" in output
         assert (directory / "checkpoints" / f"step-{step + 1:06d}").is_dir()
-    assert_equal(weights(Run(directory).train()), expected)
+    assert_trains_to(expected, directory, "1,792", capfd)  # the last 7 of 16
 
 
-def test_a_process_that_dies_ends_the_others_and_is_named(prepared, tmp_path):
-    directory = copy_of(prepared, tmp_path / "run")
-    job = {
-        "directory": str(directory),
-        "signal_at": 8,
-        "signal_rank": 1,
-        "signal": int(signal.SIGKILL),
-    }
+def assert_trains_to(expected: dict, directory: Path, rest: str, capfd) -> None:
+    """One process goes on from the newest checkpoint, and has so many tokens to learn from."""
+    capfd.readouterr()
+    found = weights(Run(directory).train())
+    assert re.search(rf"train: ({rest}) tokens in", capfd.readouterr().err)
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said", "rest"),
+    [
+        ({"signal_at": 8, "signal": int(signal.SIGKILL)}, "exitcode  : -9", "2,560|4,096"),
+        # While a checkpoint may be being written, and when the SAEs are.
+        ({"fail_at": 8}, "RuntimeError: it broke in step 9", "2,560|4,096"),
+        ({"die_saving": True}, "exitcode  : -9", "1,024"),
+    ],
+)
+def test_a_process_that_ends_ends_the_others_and_is_named(
+    prepared, tmp_path, capfd, fault, said, rest
+):
+    directory = copy_of(prepared, tmp_path / "run", log_every=100)  # checkpoints after 6 and 12
+    expected = trained_alone(prepared, tmp_path / "one")
+    job = {"directory": str(directory), "rank": 1, **fault}
     began = time.monotonic()
     code, output = work(2, tmp_path, what="train", runs=[job])
     assert time.monotonic() - began < 60
     assert code != 0
-    assert "rank      : 1" in output  # as torchrun names it
-    assert "exitcode  : -9" in output
-    expected = trained_alone(prepared, tmp_path / "one")
-    assert_equal(weights(Run(directory).train()), expected)
+    assert said in output
+    assert re.search(r"rank\s*:? 1\b", output)  # as torchrun says it, or the other process
+    assert_trains_to(expected, directory, rest, capfd)
 
 
 def test_the_command_line_in_two_processes(prepared, tmp_path):
@@ -291,6 +314,7 @@ def test_the_command_line_in_two_processes(prepared, tmp_path):
     [
         ({"training": {"data_ranks": 2}, "sae": {"architecture": "batchtopk"}}, "batchtopk"),
         ({"training": {"data_ranks": 3}}, "data_ranks: 3 does not divide 2"),
+        ({"training": {"data_ranks": 2, "batch_tokens": 1}}, "batch_tokens: 1 leaves some of 2"),
         ({"training": {"latent_ranks": 3}}, "latent_ranks: 3 does not divide 2"),
         ({"training": {"latent_ranks": 2}, "sae": {"architecture": "relu"}}, "not with relu"),
         ({"training": {"latent_ranks": 2}, "sae": {"affine": "gain"}}, "not with gain"),

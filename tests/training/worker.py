@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,24 +22,33 @@ from groupsae.training.team import Team, team
 
 
 def train(job: dict, processes: Team) -> None:
-    """Train runs one after another; a signal comes to one process in the middle of a step."""
+    """Train runs one after another; one process may be disturbed."""
     for one in job["runs"]:
         directory = Path(one["directory"])
-        if one.get("signal_at") and processes.rank == one["signal_rank"]:
-            signal_at(one["signal_at"], one["signal"])
+        if processes.rank == one.get("rank"):
+            if one.get("signal_at"):
+                at(one["signal_at"], partial(os.kill, os.getpid(), one["signal"]))
+            if one.get("fail_at"):
+                at(one["fail_at"], broken)
+            if one.get("die_saving"):
+                SAE.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         Run(directory, Config.load(directory / "config.yaml"), team=processes).train()
 
 
-def signal_at(step: int, number: int) -> None:
+def at(step: int, do: Callable[[], object]) -> None:
     original = Learner.step
 
-    def signalled(self, x, members=None):
+    def disturbed(self, x, members=None):
         if self.steps == step:
             Learner.step = original
-            os.kill(os.getpid(), number)
+            do()
         return original(self, x, members)
 
-    Learner.step = signalled
+    Learner.step = disturbed
+
+
+def broken() -> None:
+    raise RuntimeError("it broke in step 9")
 
 
 def share(job: dict, processes: Team) -> None:

@@ -85,7 +85,10 @@ class StepTime:
             if speed.forward_token is None:
                 return None
             # A round is a forward of each device; what a step leaves of it serves the next ones.
-            host = training.batch_tokens / mesh.devices * speed.forward_token
+            # There are no rounds where what a forward drops decides the next one's draws.
+            drops = training.max_norm_multiple is not None
+            at_once = 1 if drops and training.layer_sampling == "balanced" else mesh.devices
+            host = training.batch_tokens / at_once * speed.forward_token
         if speed.step is None or speed.step_row is None:
             return None
         communication = 0.0

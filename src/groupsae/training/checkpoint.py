@@ -26,7 +26,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from groupsae.errors import InputError
-from groupsae.files import load_tensors, save_tensors, writing
+from groupsae.files import flush, load_tensors, save_tensors, writing
 from groupsae.training.batches import MixedBatches, State
 from groupsae.training.learner import Learner
 from groupsae.training.shards import OF_LATENTS, Shard
@@ -35,6 +35,7 @@ from groupsae.training.team import Team
 log = logging.getLogger(__name__)
 
 _FORMAT = 2  # of what is written, which another version of groupsae may not understand
+_NAME = re.compile(r"step-(\d+)")
 _STATE = "state.json"
 _BATCHES = "batches"
 
@@ -74,6 +75,7 @@ class Checkpoints:
         self.seconds_waited = 0.0
         self._writer = ThreadPoolExecutor(1, "checkpoints")
         self._pending: _Pending | None = None
+        self._passed_over: list[Path] = []
 
     def save(
         self,
@@ -119,19 +121,34 @@ class Checkpoints:
             self._settle()
         self.seconds_waited += time.monotonic() - began
 
-    def check(self) -> None:
-        """Put in place what is written by now; errors as in :meth:`save`.
+    @property
+    def writing(self) -> bool:
+        """Whether this process has yet to write its part of the one that was asked for."""
+        return self._pending is not None and not self._pending.written.done()
 
-        Of several processes all wait for the slowest, and are to ask less often.
+    def put_in_place(self) -> None:
+        """What all processes have written; without one to be put there it does nothing.
+
+        Errors as in :meth:`save`.
         """
-        if self._pending is not None and (self.team.size > 1 or self._pending.written.done()):
-            self._settle()
+        self._settle()
 
     def close(self) -> None:
         """Wait until what is being written is there; errors as in :meth:`save`."""
         began = time.monotonic()
         self._settle()
         self.seconds_waited += time.monotonic() - began
+
+    def leave(self) -> None:
+        """The same where something went wrong, of which other processes may not know.
+
+        They cannot be waited for then: what all of them were writing together is left unfinished.
+        """
+        try:
+            if self.team.size == 1:
+                self.close()
+        finally:
+            self._writer.shutdown()
 
     def restore(self, learners: Mapping[str, Learner], batches: MixedBatches) -> tuple[int, float]:
         """Load the newest valid checkpoint; returns its step and seconds, (0, 0.0) if none.
@@ -166,8 +183,11 @@ class Checkpoints:
         """
         found = 0
         if self.team.first:
-            states = map(self._valid, self._newest_first())
-            found = next((int(state["step"]) for state in states if state is not None), 0)
+            for directory in self._newest_first():
+                if (state := self._valid(directory)) is not None:
+                    found = int(state["step"])
+                    break
+                self._passed_over.append(directory)
         return int(self.team.share(found))
 
     def _begin(self, step: int) -> None:
@@ -206,10 +226,14 @@ class Checkpoints:
         with writing(final):
             (aside / _STATE).write_text(json.dumps(state, indent=2))
             _flushed(aside / _STATE)
-            _flush(aside)
+            flush(aside)
             shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
             aside.replace(final)
-            _flush(self.directory)
+            flush(self.directory)
+            for old in self._passed_over:  # which would count as the newest
+                if old != final:
+                    shutil.rmtree(old, ignore_errors=True)
+            self._passed_over = []
             for old in self._newest_first()[self.kept :]:
                 shutil.rmtree(old)
 
@@ -238,7 +262,9 @@ class Checkpoints:
         return state
 
     def _newest_first(self) -> list[Path]:
-        return sorted(self.directory.glob("step-*"), key=lambda path: path.name, reverse=True)
+        found = {path: _NAME.fullmatch(path.name) for path in self.directory.glob("step-*")}
+        steps = {path: int(match[1]) for path, match in found.items() if match}
+        return sorted(steps, key=lambda path: steps[path], reverse=True)
 
 
 class _Pending(NamedTuple):
@@ -335,7 +361,7 @@ def _flushed(path: Path) -> str:
         OSError: What the disk gives back is something else.
     """
     written = _sha256(path)
-    _flush(path)
+    flush(path)
     with path.open("rb") as file:
         if hasattr(os, "posix_fadvise"):  # so that it is read from the disk, not from memory
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -347,12 +373,3 @@ def _flushed(path: Path) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

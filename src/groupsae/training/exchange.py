@@ -144,17 +144,21 @@ class SharedStep:
         tokens = (share.stop - share.start) / len(x)
         numbers = torch.stack([own.loss * weight, own.fvu * weight, own.auxk * weight])
         numbers = torch.cat([numbers, (own.l0 * tokens).to(numbers.dtype)[None]])
-        names = list(own.gradients)
-        flat = torch.cat([numbers, *(own.gradients[name].flatten() * weight for name in names)])
+        # b_dec apart from what shards have rows of: all of them must find the same bits.
+        shared = torch.cat([numbers, own.gradients["b_dec"] * weight])
+        dist.all_reduce(shared, group=self._group)
+        names = [name for name in own.gradients if name != "b_dec"]
+        flat = torch.cat([own.gradients[name].flatten() * weight for name in names])
         dist.all_reduce(flat, group=self._group)
         fired = own.fired.to(torch.uint8)
         dist.all_reduce(fired, dist.ReduceOp.MAX, group=self._group)
-        loss, fvu, auxk, l0 = flat[: len(numbers)]
+        loss, fvu, auxk, l0 = shared[: len(numbers)]
         sizes = [own.gradients[name].numel() for name in names]
-        parts = torch.split(flat[len(numbers) :], sizes)
+        parts = torch.split(flat, sizes)
         gradients = {
             name: part.view_as(own.gradients[name]) for name, part in zip(names, parts, strict=True)
         }
+        gradients["b_dec"] = shared[len(numbers) :]
         return replace(
             own, gradients=gradients, loss=loss, fvu=fvu, auxk=auxk, l0=l0, fired=fired.bool()
         )

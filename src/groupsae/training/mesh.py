@@ -78,6 +78,11 @@ class Mesh:
                 f"training.data_ranks: {mesh.data} goes with sae.architecture=topk alone, not with "
                 f"{', '.join(by_batch)}, which looks at the whole batch; set training.data_ranks=1"
             )
+        if training.batch_tokens < mesh.data:
+            raise InputError(
+                f"training.batch_tokens: {training.batch_tokens} leaves some of {mesh.data} "
+                "processes without a token; raise it, or lower training.data_ranks"
+            )
         return mesh
 
     @property

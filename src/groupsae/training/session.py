@@ -290,6 +290,7 @@ def train_entries(
             if (whole := shards[name].joined(sae)) is not None:
                 for entry in trained[name]:
                     whole.save(directory / "saes" / entry.name)
+    team.wait()  # else training could count as done before the last SAE is there
     read = text_read(contexts) if team.first else {}
     return {
         "saes": [entry.name for same in trained.values() for entry in same],

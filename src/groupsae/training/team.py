@@ -28,6 +28,8 @@ from groupsae.errors import InputError, Interrupted
 
 _BEAT = 2.0  # seconds between two signs of life
 _SILENCE = 40.0  # after which a process counts as gone
+# Whoever waits, waits long: for an evaluation, say. That another is gone the heart beats tell.
+_PATIENCE = timedelta(days=30)
 _ENDED = 70  # exit code of a process whose partner is gone: EX_SOFTWARE
 
 
@@ -83,17 +85,21 @@ class Team:
         if self.size > 1:
             dist.broadcast(tensor, src=0)
 
-    def largest(self, number: int) -> int:
-        """The largest of the processes' numbers."""
+    def largest(self, *numbers: int) -> list[int]:
+        """Of several numbers, each process has its own, the largest of each."""
         if self.size == 1:
-            return number
-        tensor = torch.tensor([number])
+            return list(numbers)
+        tensor = torch.tensor(numbers)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return int(tensor)
+        largest: list[int] = tensor.tolist()
+        return largest
 
     def groups(self, members: Sequence[Sequence[int]]) -> list[dist.ProcessGroup | None]:
         """Process groups for sums within some ranks; None for those of one rank."""
-        return [dist.new_group(list(ranks)) if len(ranks) > 1 else None for ranks in members]
+        return [
+            dist.new_group(list(ranks), timeout=_PATIENCE) if len(ranks) > 1 else None
+            for ranks in members
+        ]
 
     def exchange(
         self, sending: Sequence[tuple[int, Tensor]], receiving: Sequence[tuple[int, Tensor]]
@@ -126,8 +132,7 @@ def team() -> Iterator[Team]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    # Whoever waits, waits long: for an evaluation, say. That another is gone the heart beats tell.
-    dist.init_process_group(backend, timeout=timedelta(days=30))
+    dist.init_process_group(backend, timeout=_PATIENCE)
     made = Team(dist.get_rank(), dist.get_world_size())
     heart = _Heart(made)
     heart.start()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from signal import Signals
 from typing import Any
@@ -64,7 +64,7 @@ def train(
     with (
         progress("train", total) as bar,
         stopping_on_signals() as request,
-        closing(checkpoints),
+        _left(checkpoints),
     ):
         bar.skip(start * config.batch_tokens)
         for step in range(start + 1, config.steps + 1):
@@ -72,6 +72,7 @@ def train(
                 mixed = batches.next()
             except (EndOfText, BrokenText):
                 checkpoints.save(step - 1, time.monotonic() - began, learners, batches)
+                checkpoints.close()
                 raise
             for slot in tuple(mixed):  # a batch is released as soon as all have learnt from it
                 here = [learners[name] for name in slots[slot] if name in learners]
@@ -90,9 +91,13 @@ def train(
             bar.advance(config.batch_tokens, note)
 
             too_many = dropped.batches > config.max_dropped_batches
-            signal = team.largest(request.signal or 0)
+            signal, writing = team.largest(request.signal or 0, checkpoints.writing)
+            if not writing:
+                checkpoints.put_in_place()
             if step < config.steps and (step % config.checkpoint_every == 0 or signal or too_many):
                 checkpoints.save(step, time.monotonic() - began, learners, batches)
+            if too_many or signal or step == config.steps:
+                checkpoints.close()
             if too_many:
                 raise InputError(
                     f"training.max_dropped_batches={config.max_dropped_batches}: {dropped}. The "
@@ -101,8 +106,14 @@ def train(
                 )
             if signal and step < config.steps:
                 raise Interrupted(Signals(signal), step)
-            if team.size == 1 or note:  # several processes wait for one another there
-                checkpoints.check()
+
+
+@contextmanager
+def _left(checkpoints: Checkpoints) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        checkpoints.leave()
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def test_same_as_dense_autograd_in_float64(tokens, d_model, d_sae, k, dead, seed
 @pytest.mark.parametrize("few", [0, 10**9])
 @pytest.mark.parametrize("dead", [1, 40, 300])
 def test_both_ways_to_the_auxiliary_loss_are_that_of_dense_autograd(monkeypatch, few, dead):
-    monkeypatch.setattr(sparse, "_FEW", few)
+    monkeypatch.setattr(sparse, "FEW", few)
     monkeypatch.setattr(selection, "_CHUNK_BYTES", 8 * 1000)  # several chunks
     sae = random_sae(24, 400, 8).double()
     mask = torch.zeros(400, dtype=torch.bool)

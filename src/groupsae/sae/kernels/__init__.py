@@ -6,7 +6,7 @@
 | torch | works on active latents only, in plain PyTorch, on any device (`sparse`) |
 | cpu | the same with its sparse parts and the update in C++, built at first use |
 | triton | the same for CUDA |
-| sharded | `torch` for one of the processes that a SAE's latents are divided over |
+| sharded | `torch` for one of the processes that an SAE's latents are divided over: no choice by name |
 
 The compiled ones take what their column in this table has; everything else is `torch`'s, and what
 is dense there is `reference`'s. "extras" are learned vectors of each member layer.

@@ -24,7 +24,7 @@ from groupsae.sae.autoencoder import SAE
 from groupsae.sae.kernels import reference
 from groupsae.sae.kernels.reference import StepResult
 from groupsae.sae.kernels.selection import chunk_rows, encode
-from groupsae.sae.kernels.sparse import Decoded, add_dense_auxk, gradients_of
+from groupsae.sae.kernels.sparse import FEW, Decoded, add_dense_auxk, gradients_of
 from groupsae.sae.kernels.update import update as update_alone
 from groupsae.sae.sparsity import Latents
 
@@ -129,7 +129,7 @@ def reconstruct(
     sae: SAE, shards: Shards, inputs: Float[Tensor, "token d_model"], k: int
 ) -> Float[Tensor, "token d_model"]:
     """The reconstruction by the k most active latents of all shards, for `SAE.fit_encoder`."""
-    latents = _of_largest(encode(inputs, sae.W_enc, sae.b_enc, k), k, shards)
+    latents = _of_largest(inputs, sae.W_enc, sae.b_enc, k, shards)
     rows = F.embedding_bag(
         latents.indices, sae.W_dec, per_sample_weights=latents.values, mode="sum"
     )
@@ -145,23 +145,43 @@ def _choose(
     """The shard's active latents, in as many places as a token has at most, and the cuts."""
     k = sae.config.k
     assert k is not None
-    largest = partial(encode, inputs, sae.W_enc, sae.b_enc)
     if sae.config.architecture == "topk":
-        return _packed(_of_largest(largest(k), k, shards)), None
-    latents, cuts = _at_cuts(sae, largest, members, shards)
+        return _of_largest(inputs, sae.W_enc, sae.b_enc, k, shards), None
+    latents, cuts = _at_cuts(sae, partial(encode, inputs, sae.W_enc, sae.b_enc), members, shards)
     return _packed(latents), cuts
 
 
-def _of_largest(latents: Latents, k: int, shards: Shards) -> Latents:
-    """Those among the k most active of all shards; the others' values are set to zero.
+def _of_largest(
+    inputs: Float[Tensor, "token d_model"],
+    W_enc: Float[Tensor, "latent d_model"],
+    b_enc: Float[Tensor, " latent"],
+    k: int,
+    shards: Shards,
+) -> Latents:
+    """Those of these latents that are among the k most active of all shards.
 
-    Args:
-        latents: The k most active of this shard.
+    In as many places as a token needs at most: a shard has few of a token's active latents. To
+    count them the device is waited for.
     """
-    values = latents.values
-    rows = max(_GATHERED_BYTES // (shards.count * k * values.element_size()), 1)
-    parts = [_among_largest(part, k, shards) for part in torch.split(values, rows)]
-    return Latents(values * torch.cat(parts), latents.indices)
+    rows = max(_GATHERED_BYTES // (shards.count * k * inputs.element_size()), 1)
+    parts = []
+    for chunk in torch.split(inputs, rows):
+        own = min(k, len(b_enc))
+        latents = encode(chunk, W_enc, b_enc, own) if own else _none(chunk)
+        padded = F.pad(latents.values, (0, k - latents.values.shape[1]))
+        kept = _among_largest(padded, k, shards)[:, : latents.values.shape[1]]
+        parts.append(_packed(Latents(latents.values * kept, latents.indices)))
+    most = max(part.values.shape[1] for part in parts)
+    return Latents(
+        torch.cat([F.pad(p.values, (0, most - p.values.shape[1])) for p in parts]),
+        torch.cat([F.pad(p.indices, (0, most - p.indices.shape[1])) for p in parts]),
+    )
+
+
+def _none(inputs: Float[Tensor, "token d_model"]) -> Latents:
+    """A place for each token that no latent takes."""
+    values = inputs.new_zeros(len(inputs), 1)
+    return Latents(values, values.long())
 
 
 def _among_largest(
@@ -176,7 +196,7 @@ def _among_largest(
 
 
 def _packed(latents: Latents) -> Latents:
-    """Without places that no token needs: a shard has few of a token's active latents."""
+    """Without places that no token needs."""
     most = max(int((latents.values > 0).sum(1).max()), 1)
     values, places = torch.topk(latents.values, most, sorted=False)
     return Latents(values, latents.indices.gather(1, places))
@@ -250,19 +270,31 @@ def _add_auxk(
     if not sum(n_dead):
         return inputs.new_zeros(())
     k, share = reference.auxk_size(sae.config.d_model, sum(n_dead))
-    squares = add_dense_auxk(
-        sae,
-        inputs,
-        residual,
-        which,
-        k,
-        2 * share * weight / variance,
-        gradients,
-        rows=chunk_rows(sae.b_enc.new_empty(max(max(n_dead), k * shards.count))),
-        activate=partial(_most_active, shards=shards, all_of_them=k == sum(n_dead)),
-        total=shards.sum,
-    )
-    return share * squares / variance
+    scale = 2 * share * weight / variance
+    if sum(n_dead) <= FEW * k:
+        squares = add_dense_auxk(
+            sae,
+            inputs,
+            residual,
+            which,
+            k,
+            scale,
+            gradients,
+            rows=chunk_rows(sae.b_enc.new_empty(max(max(n_dead), k * shards.count))),
+            activate=partial(_most_active, shards=shards, all_of_them=k == sum(n_dead)),
+            total=shards.sum,
+        )
+        return share * squares / variance
+    latents = _of_largest(inputs, sae.W_enc[which], sae.b_enc[which], k, shards)
+    if len(which):
+        latents = Latents(latents.values, which[latents.indices])
+    decoded = Decoded.of(latents, sae.W_dec, (sae.config.d_sae,))
+    error = shards.sum(decoded.rows[:, 0].contiguous()) - residual
+    at_values = decoded.value_gradient(error * scale) * (latents.values > 0)
+    added = gradients_of(sae, inputs, inputs, None, decoded, error * scale, at_values)
+    for name, gradient in added.items():
+        gradients[name] += gradient
+    return share * error.square().sum() / variance
 
 
 def _most_active(

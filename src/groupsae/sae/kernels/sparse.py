@@ -32,7 +32,7 @@ from groupsae.sae.sparsity import Latents, l0_penalty
 
 Activate: TypeAlias = Callable[[Tensor, int], Tensor]
 
-_FEW = 4  # times k dead latents: up to there matrix products over all of them are quicker
+FEW = 4  # times k dead latents: up to there matrix products over all of them are quicker
 
 
 @torch.no_grad()
@@ -259,7 +259,7 @@ def _add_auxk(
         )
     k, share = reference.auxk_size(sae.config.d_model, len(which))
     scale = 2 * share * weight / variance
-    if len(which) <= _FEW * k:
+    if len(which) <= FEW * k:
         rows = chunk_rows(sae.b_enc[which])
         squares = add_dense_auxk(sae, inputs, residual, which, k, scale, gradients, rows=rows)
         return share * squares / variance
