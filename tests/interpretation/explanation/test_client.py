@@ -127,10 +127,8 @@ def test_an_answer_that_drips_in_is_cut_off_too(tmp_path: Path):
             async with Client(given, Answers(tmp_path / "answers.jsonl")) as client:
                 await client.ask(messages("one"))
 
-    began = time.monotonic()
     with pytest.raises(InputError, match=r"explanation\.timeout=0\.2 s"):
-        asyncio.run(asyncio.wait_for(ask(), 10))
-    assert time.monotonic() - began < 2
+        asyncio.run(asyncio.wait_for(ask(), 10))  # the whole would take 50
 
 
 def test_without_usage_the_cost_is_estimated_from_above(tmp_path: Path):
