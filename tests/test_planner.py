@@ -223,7 +223,7 @@ configs = st.fixed_dictionaries(
         "sae": st.fixed_dictionaries({"d_sae": st.integers(32, 5000)}),
         "training": st.fixed_dictionaries(
             {
-                "batch_tokens": st.integers(1, 5000),
+                "batch_tokens": st.integers(800, 5000),  # no fewer than devices
                 "buffer_tokens": st.integers(5000, 50_000),
                 "host_batch_contexts": st.integers(1, 40),
                 "baseline": st.booleans(),

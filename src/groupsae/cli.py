@@ -480,8 +480,6 @@ def _open(
     inputs: list[str] | None, out_directory: Path | None, redo: bool, team: Team | None = None
 ) -> Run:
     if team is None and os.environ.get("WORLD_SIZE", "1") != "1":
-        if os.environ.get("RANK", "0") != "0":
-            sys.exit(InputError.exit_code)  # the first one speaks for all
         raise InputError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}: only `groupsae run` and `groupsae train` work "
             "in several processes; start this one without torchrun"

@@ -71,7 +71,9 @@ class Mesh:
             InputError: As :meth:`of`; or batches are to be shared that cannot be.
         """
         by_batch = sorted({*architectures} - {"topk"})
-        data = 1 if by_batch and training.data_ranks is None else training.data_ranks
+        data, fewer_tokens = training.data_ranks, training.batch_tokens < devices
+        if data is None and (by_batch or fewer_tokens):
+            data = 1
         mesh = cls.of(devices, n_saes, data, training.latent_ranks)
         if mesh.data > 1 and by_batch:
             raise InputError(

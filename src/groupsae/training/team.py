@@ -145,6 +145,7 @@ def team() -> Iterator[Team]:
     except BaseException as error:
         heart.say_why(error)
         if isinstance(error, InputError | Interrupted) and heart.first_says(error):
+            time.sleep(2 * _BEAT)  # torchrun ends all when one has ended: the first is to speak
             sys.exit(error.exit_code)
         raise
     else:
