@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -98,6 +98,8 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
     n_dead=st.none() | st.integers(0, 70),
     seed=st.integers(0, 1000),
 )
+@example(count=3, d_sae=64, k=4, n_dead=20, seed=0)  # AuxK by products over all dead latents
+@example(count=3, d_sae=64, k=4, n_dead=60, seed=0)  # and on the active ones
 @settings(max_examples=25, deadline=None)
 def test_a_step_is_that_of_the_undivided_sae(rule, count, d_sae, k, n_dead, seed):
     architecture, _, of_each_layer = rule.partition(" ")
